@@ -1,0 +1,88 @@
+//! The canonical adapter: every dialect is read into it and written from it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::detect::Detection;
+use crate::io::Source;
+use crate::kind::Module;
+use crate::report::Warning;
+use crate::table::pattern::Variables;
+use crate::table::{Component, Family, Registry, Row};
+
+/// The canonical name of a module.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ModuleKey {
+    /// Number of the component in its family.
+    pub component: usize,
+    /// The path in the canonical namespace; in another one for a module that could not be cut (see [`Address::namespace`]).
+    pub path: String,
+}
+
+/// Where in the tables a module stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Address {
+    /// Number of the row.
+    pub row: usize,
+    /// Which canonical module of the row; `None` for a fused module that its kind does not let cut.
+    pub part: Option<usize>,
+    /// The namespace of the path: 0, the canonical one, unless `part` is `None` or its rows could not be permuted.
+    pub namespace: usize,
+    /// Block numbers.
+    pub variables: Variables,
+}
+
+/// A module and its place.
+#[derive(Debug, Clone)]
+pub struct Placed {
+    /// Where it stands in the tables.
+    pub address: Address,
+    /// Its tensors and scale.
+    pub module: Module,
+}
+
+/// An adapter file, understood. Holds descriptions only; tensor bytes stay where they are.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// The tables it was read with.
+    pub registry: Arc<Registry>,
+    /// The input.
+    pub source: Arc<Source>,
+    /// Number of the family.
+    pub family: usize,
+    /// How it was recognised.
+    pub detection: Detection,
+    /// The modules, in canonical order.
+    pub modules: BTreeMap<ModuleKey, Placed>,
+    /// Input tensors that no table knows.
+    pub unknown: Vec<usize>,
+    /// Input tensors that only say something about others (`reshape_weight`) and are used up by reading.
+    pub notes: Vec<usize>,
+    /// What deserves a word.
+    pub warnings: Vec<Warning>,
+    /// The `adapter_config.json` that was read.
+    pub config_path: Option<PathBuf>,
+}
+
+impl Adapter {
+    /// The family's table.
+    pub fn family_table(&self) -> &Family {
+        &self.registry.families[self.family]
+    }
+
+    /// The table of a component.
+    pub fn component(&self, component: usize) -> &Component {
+        &self.family_table().components[component]
+    }
+
+    /// The row of a module.
+    pub fn row(&self, key: &ModuleKey, address: &Address) -> &Row {
+        &self.component(key.component).rows[address.row]
+    }
+
+    /// The name of a module with its component, for messages.
+    pub fn display(&self, key: &ModuleKey) -> String {
+        format!("{}.{}", self.component(key.component).name, key.path)
+    }
+}

@@ -1,0 +1,74 @@
+//! Whether a file is sound: structure, pairs, shapes, unknown keys, and numbers that are none.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::decode::decode_lenient;
+use crate::detect::Given;
+use crate::dtype::{Dtype, read_f64};
+use crate::error::{Code, Error, Result};
+use crate::io::Source;
+use crate::report::Warning;
+use crate::table::Registry;
+
+/// The result of a check.
+#[derive(Debug, Clone, Serialize)]
+pub struct CheckReport {
+    /// Version of this document.
+    pub schema: u32,
+    /// As given.
+    pub path: String,
+    /// Whether nothing is wrong.
+    pub ok: bool,
+    /// Tensors looked at.
+    pub tensors: usize,
+    /// Modules understood.
+    pub modules: usize,
+    /// What is wrong, as error objects.
+    pub problems: Vec<serde_json::Value>,
+    /// What deserves a word.
+    pub warnings: Vec<Warning>,
+}
+
+/// Checks a file. Reads every tensor once. A file that cannot be opened is an error, one that is wrong is an answer.
+pub fn check(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> Result<CheckReport> {
+    let (adapter, mut problems) = decode_lenient(registry, source, given)?;
+    for &index in &adapter.unknown {
+        let name = &source.tensors()[index].name;
+        let nearest = registry.nearest(name).map_or_else(String::new, |n| format!("; the nearest known key is `{n}`"));
+        problems.push(Error::new(Code::UnknownKey, format!("`{name}` is unknown{nearest}")).key(name));
+    }
+    let bad: Vec<Error> = (0..source.tensors().len())
+        .into_par_iter()
+        .filter_map(|index| {
+            let info = &source.tensors()[index];
+            let count = count_not_finite(info.dtype, source.bytes(index));
+            let message = format!("`{}` holds {count} values that are NaN or infinite", info.name);
+            (count > 0).then(|| Error::new(Code::NotFinite, message).key(&info.name))
+        })
+        .collect();
+    problems.extend(bad);
+    Ok(CheckReport {
+        schema: 1,
+        path: source.path().to_string_lossy().into_owned(),
+        ok: problems.is_empty(),
+        tensors: source.tensors().len(),
+        modules: adapter.modules.len(),
+        problems: problems.into_iter().map(|e| e.at(source.path()).to_json()).collect(),
+        warnings: adapter.warnings,
+    })
+}
+
+/// How many elements are NaN or infinite. The common types are tested by their exponent bits.
+fn count_not_finite(dtype: Dtype, bytes: &[u8]) -> usize {
+    let halves = |mask: u16| bytes.as_chunks::<2>().0.iter().filter(|b| u16::from_le_bytes(**b) & mask == mask).count();
+    match dtype {
+        Dtype::BF16 => halves(0x7f80),
+        Dtype::F16 => halves(0x7c00),
+        Dtype::F32 => bytes.as_chunks::<4>().0.iter().filter(|b| !f32::from_le_bytes(**b).is_finite()).count(),
+        d if d.is_float() => bytes.chunks_exact(d.size()).filter(|b| !read_f64(d, b).is_finite()).count(),
+        _ => 0,
+    }
+}

@@ -1,0 +1,203 @@
+//! Conversion from end to end, for the command line and Python alike.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::adapter::Adapter;
+use crate::decode::decode;
+use crate::detect::Given;
+use crate::dtype::Dtype;
+use crate::encode::{EncodeOptions, Unknown, encode};
+use crate::error::{Code, Error, Result};
+use crate::io::{Control, Layout, Source, WriteOptions, write_file, write_text, write_to};
+use crate::kind::Kind;
+use crate::plan::Plan;
+use crate::report::{Report, SourceReport, TargetReport, Warning};
+use crate::table::{AlphaPolicy, Registry};
+
+/// What a conversion is asked to do.
+#[derive(Debug, Clone)]
+pub struct ConvertOptions {
+    /// The dialect to write, by name or alias.
+    pub to: String,
+    /// The dialect that the input is said to be.
+    pub from: Option<String>,
+    /// The family that the input is said to be.
+    pub family: Option<String>,
+    /// The element type of factors; `None` keeps the input's.
+    pub dtype: Option<Dtype>,
+    /// A factor on every delta.
+    pub strength: f64,
+    /// Unknown keys.
+    pub unknown: Unknown,
+    /// Leave out what the target cannot hold.
+    pub lossy: bool,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        let to = "diffusers".to_owned();
+        Self { to, from: None, family: None, dtype: None, strength: 1.0, unknown: Unknown::Error, lossy: false }
+    }
+}
+
+/// Where a result goes.
+pub enum Target<'a> {
+    /// A file; for the dialect with a configuration file, also a folder (a path without `.safetensors`).
+    File(&'a Path, WriteOptions),
+    /// A stream.
+    Stream(&'a mut dyn std::io::Write),
+    /// Nowhere: only the report is wanted.
+    Nowhere,
+}
+
+/// Names given by the user, as numbers of the tables.
+pub fn given(registry: &Registry, family: Option<&str>, from: Option<&str>) -> Result<Given> {
+    Ok(Given {
+        family: family.map(|name| registry.family(name)).transpose()?,
+        dialect: from.map(|name| registry.dialect(name)).transpose()?,
+    })
+}
+
+/// Opens and reads an adapter.
+pub fn open(registry: &Arc<Registry>, source: Source, options: &ConvertOptions) -> Result<Adapter> {
+    let given = given(registry, options.family.as_deref(), options.from.as_deref())?;
+    decode(registry, &Arc::new(source), given)
+}
+
+/// Decides a conversion without computing it.
+pub fn plan(adapter: &Adapter, options: &ConvertOptions, sidecar: bool) -> Result<Plan> {
+    if !options.strength.is_finite() {
+        return Err(Error::new(Code::InvalidArgument, format!("a strength of {} makes no sense", options.strength)));
+    }
+    let dialect = adapter.registry.dialect(&options.to)?;
+    let encode_options = EncodeOptions {
+        dialect,
+        dtype: options.dtype,
+        strength: options.strength,
+        unknown: options.unknown,
+        lossy: options.lossy,
+        sidecar,
+    };
+    encode(adapter, &encode_options).map_err(|e| e.at(adapter.source.path()))
+}
+
+/// Converts one adapter. The report's time does not include opening the source, and its hash is left open.
+pub fn convert(adapter: &Adapter, options: &ConvertOptions, target: Target<'_>, control: &Control) -> Result<Report> {
+    let started = Instant::now();
+    let registry = &adapter.registry;
+    let dialect = &registry.dialects[registry.dialect(&options.to)?];
+    let folder = match &target {
+        Target::File(path, _) => dialect.alpha == AlphaPolicy::Config && is_folder_name(path),
+        _ => false,
+    };
+    let plan = plan(adapter, options, folder)?;
+    let layout = Layout::new(&plan.outputs, &plan.metadata);
+    let mut written: Option<PathBuf> = None;
+    let overflow = match target {
+        Target::Nowhere => false,
+        Target::Stream(out) => write_to(out, &layout, control)?,
+        Target::File(path, write) if folder => {
+            written = Some(path.to_path_buf());
+            write_folder(path, &plan, &layout, write, control)?
+        }
+        Target::File(path, write) => {
+            refuse_same(adapter.source.path(), path)?;
+            written = Some(path.to_path_buf());
+            write_file(path, &layout, write, control)?
+        }
+    };
+    let mut warnings = plan.warnings.clone();
+    if overflow {
+        let detail = "a finite value became infinite in the output's element type; choose `--dtype bf16` or `fp32`";
+        warnings.push(Warning::new("overflow", None, detail));
+    }
+    Ok(Report {
+        schema: 1,
+        source: describe(adapter),
+        target: TargetReport {
+            path: written.map(|p| p.to_string_lossy().into_owned()),
+            dialect: dialect.name.clone(),
+            bytes: layout.len() as u64,
+            tensors: plan.outputs.len(),
+        },
+        tensors: plan.count(),
+        modules: plan.modules,
+        alpha: plan.alpha,
+        fidelity: plan.fidelity,
+        max_relative_error: plan.rounding,
+        warnings,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// Whether an output path means a folder: it is one, or has no `.safetensors` at its end.
+pub fn is_folder_name(path: &Path) -> bool {
+    path.is_dir() || path.extension().is_none_or(|e| e != "safetensors")
+}
+
+/// What PEFT's `save_pretrained` writes. The configuration comes last: without it the tensors are not taken for whole.
+fn write_folder(
+    folder: &Path,
+    plan: &Plan,
+    layout: &Layout<'_>,
+    write: WriteOptions,
+    control: &Control,
+) -> Result<bool> {
+    let tensors = folder.join("adapter_model.safetensors");
+    let (name, text) = plan.sidecar.as_ref().expect("a folder was asked for");
+    let config = folder.join(name);
+    for path in [&tensors, &config] {
+        if !write.overwrite && path.symlink_metadata().is_ok() {
+            return Err(Error::new(Code::OutputExists, "the output exists already").at(path));
+        }
+    }
+    let created = !folder.exists();
+    std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e))?;
+    let result = write_file(&tensors, layout, write, control).and_then(|overflow| {
+        write_text(&config, text, write)?;
+        Ok(overflow)
+    });
+    if result.is_err() && created {
+        // Nothing but what this call made can be in it.
+        let _ = std::fs::remove_dir_all(folder);
+    }
+    result
+}
+
+fn refuse_same(input: &Path, output: &Path) -> Result<()> {
+    match (input.canonicalize(), output.canonicalize()) {
+        (Ok(a), Ok(b)) if a == b => Err(Error::new(Code::SameFile, "input and output are the same file").at(output)),
+        _ => Ok(()),
+    }
+}
+
+/// The source part of a report.
+pub fn describe(adapter: &Adapter) -> SourceReport {
+    SourceReport {
+        path: adapter.source.path().to_string_lossy().into_owned(),
+        dialect: adapter.detection.dialect_name(&adapter.registry).to_owned(),
+        family: adapter.family_table().name.clone(),
+        kind: kind_name(adapter).to_owned(),
+        sha256: None,
+    }
+}
+
+/// The kind of the file: that of its layers, `mixed` if they are of several. Biases and norms accompany any kind.
+pub fn kind_name(adapter: &Adapter) -> &'static str {
+    let mut kinds: Vec<&'static str> = Vec::new();
+    let accompanies = |kind: Kind| matches!(kind, Kind::Bias | Kind::Norm | Kind::Set);
+    let layers = adapter.modules.values().filter(|p| !accompanies(p.module.kind));
+    for placed in layers {
+        let name = placed.module.kind_name();
+        if !kinds.contains(&name) {
+            kinds.push(name);
+        }
+    }
+    match kinds.as_slice() {
+        [one] => one,
+        [] => adapter.modules.values().next().map_or("none", |p| p.module.kind_name()),
+        _ => "mixed",
+    }
+}

@@ -1,0 +1,400 @@
+//! From keys to the canonical adapter. Every tensor ends in a module, as a note, or in the list of unknown ones.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
+
+use crate::adapter::{Adapter, Address, ModuleKey, Placed};
+use crate::alpha::{AlphaConfig, read_alpha};
+use crate::detect::{Given, Meaning, detect, family_warning};
+use crate::error::{Code, Error, Result};
+use crate::io::Source;
+use crate::kind::{Kind, Module, Refusal, Slot, rank_of};
+use crate::report::Warning;
+use crate::table::{AlphaPolicy, Hit, Op, Registry, Row, SuffixMatch};
+use crate::tensor::Tensor;
+
+/// The tensors of one module as the file groups them: by prefix and address.
+struct Group<'s> {
+    hit: Hit,
+    slots: BTreeMap<Slot, (usize, SuffixMatch<'s>)>,
+}
+
+/// Reads an adapter; the first problem is an error. Unknown keys are none: they are in [`Adapter::unknown`].
+pub fn decode(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> Result<Adapter> {
+    let (adapter, problems) = decode_lenient(registry, source, given)?;
+    match problems.into_iter().next() {
+        Some(problem) => Err(problem),
+        None => Ok(adapter),
+    }
+}
+
+/// Reads what can be read and returns the problems beside it.
+pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> Result<(Adapter, Vec<Error>)> {
+    let (detection, meanings) = detect(registry, source, given)?;
+    let config = peft_config(registry, source, &meanings)?;
+    let alphas = AlphaConfig::read(source, config.as_ref().map(|(p, text)| (p.as_path(), text.as_str())))?;
+    let mut adapter = Adapter {
+        registry: Arc::clone(registry),
+        source: Arc::clone(source),
+        family: detection.family,
+        modules: BTreeMap::new(),
+        unknown: (0..meanings.len()).filter(|&i| meanings[i].is_none()).collect(),
+        notes: Vec::new(),
+        warnings: family_warning(registry, &detection).into_iter().collect(),
+        detection,
+        config_path: config.map(|(path, _)| path),
+    };
+    let mut decoder =
+        Decoder { source, alphas: &alphas, problems: Vec::new(), conflicts: Vec::new(), zeros: Vec::new() };
+    for group in decoder.group(&meanings)? {
+        decoder.place(&mut adapter, group);
+    }
+    decoder.summarise(&mut adapter);
+    let problems = decoder.problems.into_iter().map(|e| e.at(source.path())).collect();
+    Ok((adapter, problems))
+}
+
+/// `adapter_config.json` beside the file, for files in the dialect that keeps its scale there.
+fn peft_config(registry: &Registry, source: &Source, meanings: &[Meaning<'_>]) -> Result<Option<(PathBuf, String)>> {
+    let keeps_config = |prefix: &str| {
+        let dialects = registry.dialects.iter().filter(|d| d.alpha == AlphaPolicy::Config);
+        dialects.flat_map(|d| &d.places).any(|p| p.prefix == prefix || p.also.iter().any(|a| a == prefix))
+    };
+    let path = source.path();
+    let named = path.file_name().is_some_and(|n| n == "adapter_model.safetensors");
+    if !named && !meanings.iter().flatten().any(|(_, hit)| keeps_config(&hit.prefix)) {
+        return Ok(None);
+    }
+    let beside = path.parent().unwrap_or(Path::new("")).join("adapter_config.json");
+    match std::fs::read_to_string(&beside) {
+        Ok(text) => Ok(Some((beside, text))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(&beside, "read the configuration", e)),
+    }
+}
+
+struct Decoder<'a> {
+    source: &'a Arc<Source>,
+    alphas: &'a AlphaConfig,
+    problems: Vec<Error>,
+    /// Modules whose alpha tensor contradicts the metadata.
+    conflicts: Vec<String>,
+    /// Modules whose alpha tensor is zero.
+    zeros: Vec<String>,
+}
+
+impl Decoder<'_> {
+    fn group<'s>(&mut self, meanings: &[Meaning<'s>]) -> Result<Vec<Group<'s>>> {
+        let mut groups: Vec<Group<'s>> = Vec::new();
+        type GroupKey = (String, usize, usize, usize, Option<usize>, Vec<u32>);
+        let mut index: FxHashMap<GroupKey, usize> = FxHashMap::default();
+        let mut adapter: Option<(&str, usize)> = None;
+        for (i, meaning) in meanings.iter().enumerate() {
+            let Some((read, hit)) = meaning else { continue };
+            if let Some(name) = read.suffix.adapter {
+                match adapter {
+                    Some((first, at)) if first != name => {
+                        let keys = (&self.source.tensors()[at].name, &self.source.tensors()[i].name);
+                        let message = format!(
+                            "the file holds two adapters, `{first}` (`{}`) and `{name}` (`{}`)",
+                            keys.0, keys.1
+                        );
+                        return Err(Error::new(Code::SeveralAdapters, message).key(keys.1).at(self.source.path()));
+                    }
+                    Some(_) => {}
+                    None => adapter = Some((name, i)),
+                }
+            }
+            let key = (hit.prefix.clone(), hit.component, hit.namespace, hit.row, hit.part, hit.variables.clone());
+            let at = *index.entry(key).or_insert_with(|| {
+                groups.push(Group { hit: hit.clone(), slots: BTreeMap::new() });
+                groups.len() - 1
+            });
+            let slot = self.exact_slot(read.suffix.slot, i);
+            match groups[at].slots.entry(slot) {
+                Entry::Vacant(entry) => drop(entry.insert((i, read.suffix.clone()))),
+                Entry::Occupied(entry) => {
+                    let (one, two) = (&self.source.tensors()[entry.get().0].name, &self.source.tensors()[i].name);
+                    let message = format!("`{one}` and `{two}` are the same tensor of the same module");
+                    self.problems.push(Error::new(Code::DuplicateModule, message).key(two));
+                }
+            }
+        }
+        Ok(groups)
+    }
+
+    /// Which magnitude it is shows only in the shape: `[1, in]` is over the input axis.
+    fn exact_slot(&self, slot: Slot, tensor: usize) -> Slot {
+        let shape = &self.source.tensors()[tensor].shape;
+        match (slot, shape.as_slice()) {
+            (Slot::Magnitude, [1, input, ..]) if *input > 1 => Slot::MagnitudeIn,
+            _ => slot,
+        }
+    }
+
+    fn place(&mut self, adapter: &mut Adapter, group: Group<'_>) {
+        let component = group.hit.component;
+        let row = adapter.component(component).rows[group.hit.row].clone();
+        let module = match self.build(adapter, &group, &row) {
+            Ok(Some(module)) => module,
+            Ok(None) => return,
+            Err(problem) => return self.problems.push(problem),
+        };
+        for (path, address, module) in canonical(&group.hit, &row, module) {
+            let key = ModuleKey { component, path };
+            match adapter.modules.entry(key) {
+                Entry::Vacant(entry) => drop(entry.insert(Placed { address, module })),
+                Entry::Occupied(mut entry) => match entry.get().module.plus(&module) {
+                    Ok(sum) => {
+                        entry.get_mut().module = sum;
+                        let name = format!(
+                            "{}.{}",
+                            adapter.registry.families[adapter.family].components[component].name,
+                            entry.key().path
+                        );
+                        let detail = "several keys claim this module; their ranks stand side by side, which adds them";
+                        adapter.warnings.push(Warning::new("added-contributions", Some(name), detail));
+                    }
+                    Err(Refusal(reason)) => {
+                        let (tensor, _) = group.slots.values().next().expect("a group has a key");
+                        let error = Error::new(Code::DuplicateModule, format!("`{}` {reason}", entry.key().path));
+                        self.problems.push(error.key(&self.source.tensors()[*tensor].name));
+                    }
+                },
+            }
+        }
+    }
+
+    /// One module of the file; `None` if the group only holds notes.
+    fn build(&mut self, adapter: &mut Adapter, group: &Group<'_>, row: &Row) -> Result<Option<Module>> {
+        if let Some((index, _)) = group.slots.get(&Slot::Reshape) {
+            adapter.notes.push(*index);
+            if group.slots.len() == 1 {
+                return Ok(None);
+            }
+        }
+        let kind = self.kind(group)?;
+        self.check_complete(adapter, group, kind)?;
+        let mut tensors: BTreeMap<Slot, Tensor> = BTreeMap::new();
+        for (&slot, (index, _)) in &group.slots {
+            if !matches!(slot, Slot::Alpha | Slot::Reshape) {
+                tensors.insert(slot, Tensor::input(self.source, *index));
+            }
+        }
+        self.check_shapes(group, row, kind, &tensors)?;
+        if let Some(magnitude) = tensors.remove(&Slot::Magnitude) {
+            let rows = magnitude.rows();
+            tensors.insert(Slot::Magnitude, magnitude.reshaped(vec![rows]));
+        }
+        let mut module = Module::new(kind, tensors);
+        module.inputs = group.slots.iter().filter(|(s, _)| **s != Slot::Reshape).map(|(_, (i, _))| *i).collect();
+        self.resolve_scale(adapter, group, row, &mut module)?;
+        if let Some(bias) = module.tensors.remove(&Slot::Bias) {
+            // PEFT multiplies the bias of `lora_B` with the scale; a bias difference stands by itself.
+            module.tensors.insert(Slot::DiffB, bias.scaled(module.scale));
+        }
+        Ok(Some(module))
+    }
+
+    fn kind(&self, group: &Group<'_>) -> Result<Kind> {
+        let mut kinds: Vec<(Kind, usize)> = Vec::new();
+        for (slot, (index, _)) in &group.slots {
+            if let Some(kind) = slot.kind()
+                && !kinds.iter().any(|(k, _)| *k == kind)
+            {
+                kinds.push((kind, *index));
+            }
+        }
+        let name = |index: usize| self.source.tensors()[index].name.as_str();
+        let has_bias = group.slots.contains_key(&Slot::DiffB) || group.slots.contains_key(&Slot::Bias);
+        match kinds.as_slice() {
+            [(kind, _)] => Ok(*kind),
+            [] if has_bias => Ok(Kind::Bias),
+            [] => {
+                let (index, _) = group.slots.values().next().expect("a group has a key");
+                let message = format!("`{}` stands alone: its module has no factors", name(*index));
+                Err(Error::new(Code::UnpairedModule, message).key(name(*index)))
+            }
+            [(a, i), (b, j), ..] => {
+                let message =
+                    format!("`{}` is {} but `{}` of the same module is {}", name(*i), a.name(), name(*j), b.name());
+                Err(Error::new(Code::MixedKinds, message).key(name(*j)))
+            }
+        }
+    }
+
+    fn check_complete(&self, adapter: &Adapter, group: &Group<'_>, kind: Kind) -> Result<()> {
+        for choices in Slot::required(kind) {
+            if choices.iter().any(|all| all.iter().all(|s| group.slots.contains_key(s))) {
+                continue;
+            }
+            // Complain about the choice that was begun, if one was.
+            let begun =
+                choices.iter().find(|all| all.iter().any(|s| group.slots.contains_key(s))).unwrap_or(&choices[0]);
+            let missing = begun.iter().find(|s| !group.slots.contains_key(s)).expect("the choice is incomplete");
+            let (index, found) = group
+                .slots
+                .iter()
+                .find(|(s, _)| s.kind() == Some(kind))
+                .map(|(_, v)| v)
+                .expect("the kind came from a slot");
+            let have = &self.source.tensors()[*index].name;
+            let want = adapter.registry.partner(found, *missing);
+            return Err(Error::new(Code::UnpairedModule, format!("`{have}` lacks its partner `{want}`")).key(have));
+        }
+        Ok(())
+    }
+
+    fn check_shapes(&self, group: &Group<'_>, row: &Row, kind: Kind, tensors: &BTreeMap<Slot, Tensor>) -> Result<()> {
+        let output = group.hit.part.map_or_else(|| row.output(), |part| row.outputs[part]);
+        let fail = |slot: Slot, want: String| {
+            let info = &self.source.tensors()[group.slots[&slot].0];
+            let message = format!("`{}` has shape {:?}, but the module needs {want}", info.name, info.shape);
+            Err(Error::new(Code::ShapeMismatch, message).key(&info.name))
+        };
+        let shape = |slot: Slot| tensors.get(&slot).map(Tensor::shape);
+        let dims = |slot: Slot| tensors.get(&slot).map(|t| (t.rows(), t.cols()));
+        let widths = || row.inputs.iter().map(usize::to_string).collect::<Vec<_>>().join(" or ");
+        for (slot, tensor) in tensors {
+            let follows = matches!(
+                slot,
+                Slot::Up
+                    | Slot::Bias
+                    | Slot::DiffB
+                    | Slot::WNorm
+                    | Slot::BNorm
+                    | Slot::Magnitude
+                    | Slot::Diff
+                    | Slot::Set
+            );
+            if follows && tensor.rows() != output {
+                return fail(*slot, format!("{output} output rows"));
+            }
+            let vector = matches!(slot, Slot::Bias | Slot::DiffB | Slot::WNorm | Slot::BNorm | Slot::Magnitude);
+            if vector && tensor.cols() != 1 {
+                return fail(*slot, format!("a vector of {output}"));
+            }
+            let width = match slot {
+                Slot::Down | Slot::Diff | Slot::Set if !row.inputs.is_empty() => Some(tensor.cols()),
+                Slot::MagnitudeIn => Some(tensor.cols()),
+                _ => None,
+            };
+            if width.is_some_and(|w| !row.inputs.contains(&w)) {
+                return fail(*slot, format!("{} inputs", widths()));
+            }
+        }
+        match kind {
+            Kind::Lora => {
+                let (down, up) = (&tensors[&Slot::Down], &tensors[&Slot::Up]);
+                if down.rows() != up.cols() {
+                    let name = |slot| &self.source.tensors()[group.slots[&slot].0].name;
+                    let message = format!(
+                        "`{}` has rank {}, `{}` has rank {}",
+                        name(Slot::Down),
+                        down.rows(),
+                        name(Slot::Up),
+                        up.cols()
+                    );
+                    return Err(Error::new(Code::RankMismatch, message).key(name(Slot::Up)));
+                }
+            }
+            Kind::Loha if shape(Slot::HadaT1).is_none() => {
+                for (a, b) in [(Slot::HadaW1A, Slot::HadaW1B), (Slot::HadaW2A, Slot::HadaW2B)] {
+                    let (Some((rows, rank)), Some((rank_b, width))) = (dims(a), dims(b)) else { continue };
+                    if rows != output || rank != rank_b {
+                        return fail(a, format!("shape [{output}, {rank_b}]"));
+                    }
+                    if !row.inputs.contains(&width) {
+                        return fail(b, format!("{} inputs", widths()));
+                    }
+                }
+            }
+            Kind::Lokr if shape(Slot::LokrT2).is_none() => {
+                let product = |whole, a, b| dims(whole).or_else(|| Some((dims(a)?.0, dims(b)?.1)));
+                let w1 = product(Slot::LokrW1, Slot::LokrW1A, Slot::LokrW1B).unwrap_or((0, 0));
+                let w2 = product(Slot::LokrW2, Slot::LokrW2A, Slot::LokrW2B).unwrap_or((0, 0));
+                if w1.0 * w2.0 != output || !row.inputs.contains(&(w1.1 * w2.1)) {
+                    let slot = if tensors.contains_key(&Slot::LokrW1) { Slot::LokrW1 } else { Slot::LokrW1A };
+                    let made = format!("{}x{}", w1.0 * w2.0, w1.1 * w2.1);
+                    return fail(slot, format!("{output}x{}; the Kronecker product is {made}", widths()));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn resolve_scale(&mut self, adapter: &Adapter, group: &Group<'_>, row: &Row, module: &mut Module) -> Result<()> {
+        let index = group.slots.get(&Slot::Alpha).map(|(index, _)| *index);
+        module.alpha = index.map(|i| Tensor::input(self.source, i));
+        // Without a decomposed factor there is no rank to divide by, and trainers store any number there.
+        let Some(rank) = rank_of(&module.tensors) else { return Ok(()) };
+        let tensor = index.map(|i| read_alpha(self.source, i)).transpose()?;
+        let paths: Vec<String> = match group.hit.part {
+            Some(part) => vec![row.canonical[part].render(&group.hit.variables)],
+            None => Vec::new(),
+        };
+        let named = row.names[group.hit.namespace].as_ref().map(|t| t.render(&group.hit.variables));
+        let paths: Vec<&str> = paths.iter().chain(&named).map(String::as_str).collect();
+        let component = &adapter.component(group.hit.component).name;
+        let scale = self.alphas.resolve(component, &paths, rank.max(1), tensor);
+        module.scale = scale.value;
+        module.alpha_source = scale.source;
+        if scale.conflict.is_some() {
+            self.conflicts.push(paths.first().map_or_else(String::new, |p| (*p).to_owned()));
+        }
+        if scale.zero {
+            module.alpha = None;
+            self.zeros.push(paths.first().map_or_else(String::new, |p| (*p).to_owned()));
+        }
+        Ok(())
+    }
+
+    fn summarise(&mut self, adapter: &mut Adapter) {
+        let texts = [
+            (&self.conflicts, "alpha-conflict", "the alpha tensor differs from the metadata; the tensor counts"),
+            (&self.zeros, "zero-alpha", "the alpha tensor is zero, which trainers read as \"not set\""),
+        ];
+        for (modules, code, text) in texts {
+            if let Some(first) = modules.first() {
+                let detail = format!("in {} modules, the first `{first}`: {text}", modules.len());
+                adapter.warnings.push(Warning::new(code, Some(first.clone()), detail));
+            }
+        }
+    }
+}
+
+/// A module of the file as canonical modules. What its kind does not let cut or permute stays whole under its own name.
+fn canonical(hit: &Hit, row: &Row, module: Module) -> Vec<(String, Address, Module)> {
+    let address = |part: Option<usize>, namespace: usize| Address {
+        row: hit.row,
+        part,
+        namespace,
+        variables: hit.variables.clone(),
+    };
+    let whole = |module: Module| {
+        let name = row.names[hit.namespace].as_ref().expect("the hit came from this name");
+        vec![(name.render(&hit.variables), address(hit.part, hit.namespace), module)]
+    };
+    let one =
+        |part: usize, module: Module| (row.canonical[part].render(&hit.variables), address(Some(part), 0), module);
+    match (row.op, hit.namespace, hit.part) {
+        (Op::Fuse, _, None) => {
+            let parts: Arc<[usize]> = Arc::from(row.outputs.as_slice());
+            let cut: Result<Vec<Module>, Refusal> = (0..parts.len()).map(|j| module.cut(&parts, j)).collect();
+            match cut {
+                Ok(cut) => cut.into_iter().enumerate().map(|(j, m)| one(j, m)).collect(),
+                Err(_) => whole(module),
+            }
+        }
+        (Op::SwapHalves, 1.., _) => match module.swap_halves() {
+            Ok(swapped) => vec![one(0, swapped)],
+            Err(_) => whole(module),
+        },
+        (_, _, part) => vec![one(part.unwrap_or(0), module)],
+    }
+}

@@ -1,0 +1,237 @@
+//! Which dialect and family a file is: by how many of its keys each explains, with shapes; metadata only breaks ties.
+
+use crate::error::{Code, Error, Result};
+use crate::io::{Source, TensorInfo};
+use crate::kind::Slot;
+use crate::table::{Dialect, Hit, Read, Registry};
+
+/// What a file was recognised as.
+#[derive(Debug, Clone)]
+pub struct Detection {
+    /// The dialect; `None` if the keys are of several.
+    pub dialect: Option<usize>,
+    /// How many keys each dialect explains, most first.
+    pub dialects: Vec<(usize, usize)>,
+    /// The family.
+    pub family: usize,
+    /// All families that explain the keys equally well, the chosen one first.
+    pub candidates: Vec<usize>,
+    /// How the family was chosen where several fit: `None` if only one did.
+    pub tie_break: Option<&'static str>,
+    /// Keys that the family explains.
+    pub known: usize,
+    /// All keys.
+    pub total: usize,
+}
+
+impl Detection {
+    /// Share of keys that are explained, from 0 to 1.
+    pub fn coverage(&self) -> f64 {
+        if self.total == 0 { 0.0 } else { self.known as f64 / self.total as f64 }
+    }
+
+    /// The name of the dialect, `mixed` if there are several.
+    pub fn dialect_name<'r>(&self, registry: &'r Registry) -> &'r str {
+        self.dialect.map_or("mixed", |d| registry.dialects[d].name.as_str())
+    }
+}
+
+/// What the caller knows already.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Given {
+    /// The family.
+    pub family: Option<usize>,
+    /// The dialect.
+    pub dialect: Option<usize>,
+}
+
+/// A key with the one meaning it has in the chosen family; `None` for an unknown key.
+pub type Meaning<'s> = Option<(Read<'s>, Hit)>;
+
+/// Recognises a file and reads all its keys.
+pub fn detect<'s>(registry: &Registry, source: &'s Source, given: Given) -> Result<(Detection, Vec<Meaning<'s>>)> {
+    let tensors = source.tensors();
+    if tensors.is_empty() {
+        return Err(Error::new(Code::NoModules, "the file holds no tensors").at(source.path()));
+    }
+    let mut reads: Vec<Option<Read<'s>>> = tensors.iter().map(|t| registry.read(&t.name)).collect();
+    if let Some(dialect) = given.dialect {
+        for read in reads.iter_mut().flatten() {
+            read.hits.retain(|hit| level(&registry.dialects[dialect], hit, read.suffix.slot, read.suffix.suffix) > 0);
+        }
+    }
+    let scores: Vec<usize> = (0..registry.families.len())
+        .map(|family| {
+            let fits = |(read, info): (&Option<Read<'_>>, &TensorInfo)| {
+                read.as_ref()
+                    .is_some_and(|r| hit_in(r, family).is_some_and(|h| fits(registry, h, r.suffix.slot, &info.shape)))
+            };
+            reads.iter().zip(tensors).filter(|&(r, t)| fits((r, t))).count()
+        })
+        .collect();
+    let (family, candidates, tie_break) = choose_family(registry, source, &reads, &scores, given.family)?;
+    let meanings: Vec<Meaning<'s>> =
+        reads.into_iter().map(|read| read.and_then(|r| hit_in(&r, family).cloned().map(|hit| (r, hit)))).collect();
+    let known = meanings.iter().flatten().count();
+    let (dialect, dialects) = choose_dialect(registry, source, &meanings);
+    let detection = Detection { dialect, dialects, family, candidates, tie_break, known, total: tensors.len() };
+    Ok((detection, meanings))
+}
+
+fn hit_in<'r>(read: &'r Read<'_>, family: usize) -> Option<&'r Hit> {
+    read.hits.iter().find(|h| h.family == family)
+}
+
+/// Whether the shape is one that the tensor can have in this module. Kinds whose shapes are free always fit.
+fn fits(registry: &Registry, hit: &Hit, slot: Slot, shape: &[usize]) -> bool {
+    let row = &registry.families[hit.family].components[hit.component].rows[hit.row];
+    let output = hit.part.map_or_else(|| row.output(), |part| row.outputs[part]);
+    let rows = shape.first().copied().unwrap_or(1);
+    let cols = || shape.iter().skip(1).product::<usize>();
+    match slot {
+        Slot::Down => row.inputs.contains(&cols()),
+        Slot::Up | Slot::Bias | Slot::DiffB | Slot::WNorm | Slot::BNorm => rows == output,
+        Slot::Diff | Slot::Set => rows == output && (row.inputs.is_empty() || row.inputs.contains(&cols())),
+        _ => true,
+    }
+}
+
+fn choose_family(
+    registry: &Registry,
+    source: &Source,
+    reads: &[Option<Read<'_>>],
+    scores: &[usize],
+    given: Option<usize>,
+) -> Result<(usize, Vec<usize>, Option<&'static str>)> {
+    let best = scores.iter().copied().max().unwrap_or(0);
+    if let Some(family) = given {
+        if scores[family] == 0 {
+            return Err(no_family(registry, source, reads, Some(family)));
+        }
+        return Ok((family, vec![family], None));
+    }
+    if best == 0 {
+        return Err(no_family(registry, source, reads, None));
+    }
+    let tied: Vec<usize> = (0..scores.len()).filter(|&f| scores[f] == best).collect();
+    if tied.len() == 1 {
+        return Ok((tied[0], tied, None));
+    }
+    if let Some(hinted) = hinted(source, tied.iter().map(|&f| (f, registry.families[f].hints.as_slice()))) {
+        return Ok((hinted, tied, Some("metadata")));
+    }
+    // Families that name and shape every key alike give one result: take the first and say so. Otherwise ask.
+    if tied.windows(2).all(|pair| reads.iter().flatten().all(|read| alike(registry, read, pair[0], pair[1]))) {
+        return Ok((tied[0], tied, Some("order")));
+    }
+    let names: Vec<&str> = tied.iter().map(|&f| registry.families[f].name.as_str()).collect();
+    Err(Error::new(Code::AmbiguousFamily, format!("the file fits {} equally well", names.join(" and ")))
+        .at(source.path())
+        .hint(format!("add `--family {}`", names.join("` or `--family "))))
+}
+
+/// Whether a key means the same to both families.
+fn alike(registry: &Registry, read: &Read<'_>, a: usize, b: usize) -> bool {
+    let describe = |family: usize| {
+        hit_in(read, family).map(|hit| {
+            let component = &registry.families[family].components[hit.component];
+            let row = &component.rows[hit.row];
+            let names: Vec<String> = row.canonical.iter().map(|t| t.render(&hit.variables)).collect();
+            (&component.name, row.op, names, &row.outputs, hit.part)
+        })
+    };
+    describe(a) == describe(b)
+}
+
+fn hinted<'h>(source: &Source, candidates: impl Iterator<Item = (usize, &'h [String])>) -> Option<usize> {
+    let keys = ["ss_base_model_version", "modelspec.architecture", "software", "base_model", "ot_branch"];
+    let values: Vec<String> = keys.iter().filter_map(|k| source.metadata_value(k)).map(str::to_lowercase).collect();
+    let mut found = candidates.filter(|(_, hints)| hints.iter().any(|h| values.iter().any(|v| v.contains(h.as_str()))));
+    match (found.next(), found.next()) {
+        (Some((only, _)), None) => Some(only),
+        _ => None,
+    }
+}
+
+fn no_family(registry: &Registry, source: &Source, reads: &[Option<Read<'_>>], given: Option<usize>) -> Error {
+    let pairs = || reads.iter().zip(source.tensors()).filter_map(|(r, t)| Some((r.as_ref()?, t)));
+    let wrong_shape = pairs().find(|(r, _)| given.is_none_or(|f| hit_in(r, f).is_some()));
+    let wrong_shape = wrong_shape.filter(|(r, _)| !r.hits.is_empty());
+    if let Some((read, info)) = wrong_shape {
+        let family = given.unwrap_or(read.hits[0].family);
+        let name = &registry.families[family].name;
+        let message = format!("`{}` has shape {:?}, which no module of that name has in {name}", info.name, info.shape);
+        return Error::new(Code::ShapeMismatch, message).key(&info.name).at(source.path());
+    }
+    let key = source.tensors().first().map_or("", |t| t.name.as_str());
+    let what = match given {
+        Some(family) => format!("no key belongs to {}", registry.families[family].name),
+        None => "no key belongs to a known model family".to_owned(),
+    };
+    let error = Error::new(Code::UnknownFamily, format!("{what}; the first is `{key}`")).key(key).at(source.path());
+    let names: Vec<&str> = registry.families.iter().map(|f| f.name.as_str()).collect();
+    error.hint(format!("known families: {}; `--table FILE` adds one", names.join(", ")))
+}
+
+/// How well a dialect explains a key: 0 not at all; 1 for the prefix, one more each for the names and the suffix that
+/// the dialect itself writes.
+pub(crate) fn level(dialect: &Dialect, hit: &Hit, slot: Slot, suffix: &str) -> usize {
+    let places = dialect.places.iter().filter(|p| {
+        (p.family, p.component) == (hit.family, hit.component)
+            && (p.prefix == hit.prefix || p.also.contains(&hit.prefix))
+    });
+    let names = places.map(|p| usize::from(p.namespace == hit.namespace)).max();
+    let spelled = dialect.suffix(slot, None).is_some_and(|s| s == suffix);
+    names.map_or(0, |names| 1 + names + usize::from(spelled))
+}
+
+fn choose_dialect(
+    registry: &Registry,
+    source: &Source,
+    meanings: &[Meaning<'_>],
+) -> (Option<usize>, Vec<(usize, usize)>) {
+    let hinted = hinted(source, registry.dialects.iter().map(|d| d.hints.as_slice()).enumerate());
+    // (keys explained, quality, hinted by metadata) for each dialect, in table order.
+    let mut scores = vec![(0usize, 0usize, false); registry.dialects.len()];
+    for (read, hit) in meanings.iter().flatten() {
+        for (d, dialect) in registry.dialects.iter().enumerate() {
+            let level = level(dialect, hit, read.suffix.slot, read.suffix.suffix);
+            scores[d].0 += usize::from(level > 0);
+            scores[d].1 += level;
+            scores[d].2 = hinted == Some(d);
+        }
+    }
+    let known = meanings.iter().flatten().count();
+    let best = (0..scores.len()).max_by_key(|&d| (scores[d], std::cmp::Reverse(d))).unwrap_or(0);
+    if scores[best].0 == known {
+        return (Some(best), vec![(best, known)]);
+    }
+    let mut counts = vec![0usize; registry.dialects.len()];
+    for (read, hit) in meanings.iter().flatten() {
+        let rank = |d: usize| {
+            (level(&registry.dialects[d], hit, read.suffix.slot, read.suffix.suffix), d == best, std::cmp::Reverse(d))
+        };
+        let owner = (0..counts.len()).max_by_key(|&d| rank(d)).unwrap_or(best);
+        counts[owner] += 1;
+    }
+    let mut dialects: Vec<(usize, usize)> = counts.into_iter().enumerate().filter(|(_, n)| *n > 0).collect();
+    dialects.sort_by_key(|&(d, n)| (std::cmp::Reverse(n), d));
+    match dialects.as_slice() {
+        [(only, _)] => (Some(*only), dialects.clone()),
+        _ => (None, dialects),
+    }
+}
+
+/// Warnings about how the family was chosen.
+pub(crate) fn family_warning(registry: &Registry, detection: &Detection) -> Option<crate::report::Warning> {
+    if detection.tie_break != Some("order") {
+        return None;
+    }
+    let names: Vec<&str> = detection.candidates.iter().map(|&f| registry.families[f].name.as_str()).collect();
+    let detail = format!(
+        "the keys fit {} alike and mean the same to each; read as {}, `--family` says otherwise",
+        names.join(" and "),
+        registry.families[detection.family].name
+    );
+    Some(crate::report::Warning::new(Code::AmbiguousFamily.as_str(), None, detail))
+}

@@ -1,0 +1,168 @@
+//! What a file is, from its header and its small tensors alone.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::adapter::Adapter;
+use crate::convert::kind_name;
+use crate::error::Error;
+use crate::kind::{Kind, Slot};
+use crate::report::{AlphaCount, Warning};
+use crate::table::Registry;
+
+/// How a part of the keys is spelled.
+#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
+pub struct Spelling {
+    /// The dialect that the keys count for.
+    pub dialect: String,
+    /// How many keys.
+    pub keys: usize,
+}
+
+/// One program and whether it loads the file as it is.
+#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
+pub struct Loader {
+    /// The program.
+    pub name: String,
+    /// `yes`, or what goes wrong.
+    pub loads: String,
+    /// The dialect to convert to, where another one loads better.
+    pub convert_to: Option<String>,
+}
+
+/// What a file is.
+#[derive(Debug, Clone, Serialize)]
+pub struct Inspection {
+    /// Version of this document.
+    pub schema: u32,
+    /// As given.
+    pub path: String,
+    /// Size of the file.
+    pub bytes: u64,
+    /// The dialect, `mixed` if the keys are of several.
+    pub dialect: String,
+    /// The dialects of the keys.
+    pub dialects: Vec<Spelling>,
+    /// The family.
+    pub family: String,
+    /// All families that explain the keys equally well.
+    pub families: Vec<String>,
+    /// Share of the keys that are understood.
+    pub coverage: f64,
+    /// The kind of most modules.
+    pub kind: String,
+    /// Tensors of the file.
+    pub tensors: usize,
+    /// Canonical modules by component.
+    pub modules: BTreeMap<String, usize>,
+    /// Tensors by element type.
+    pub dtypes: BTreeMap<String, usize>,
+    /// Modules by rank.
+    pub ranks: BTreeMap<usize, usize>,
+    /// The rank, if all modules have one and the same.
+    pub rank: Option<usize>,
+    /// Modules by scale.
+    pub scales: BTreeMap<String, usize>,
+    /// Where scales were found.
+    pub alpha: AlphaCount,
+    /// Input width of a widened module (FLUX Control: 128, Fill: 384).
+    pub widened: BTreeMap<String, usize>,
+    /// Programs that load it, or not.
+    pub loaders: Vec<Loader>,
+    /// The header's metadata.
+    pub metadata: BTreeMap<String, String>,
+    /// Keys that no table knows.
+    pub unknown: Vec<String>,
+    /// What deserves a word.
+    pub warnings: Vec<Warning>,
+    /// What makes a conversion impossible.
+    pub problems: Vec<serde_json::Value>,
+}
+
+/// Describes an adapter as it was read, with the problems met on the way.
+pub fn inspect(adapter: &Adapter, problems: &[Error]) -> Inspection {
+    let registry = &adapter.registry;
+    let source = &adapter.source;
+    let detection = &adapter.detection;
+    let mut out = Inspection {
+        schema: 1,
+        path: source.path().to_string_lossy().into_owned(),
+        bytes: source.len() as u64,
+        dialect: detection.dialect_name(registry).to_owned(),
+        dialects: detection
+            .dialects
+            .iter()
+            .map(|&(d, keys)| Spelling { dialect: registry.dialects[d].name.clone(), keys })
+            .collect(),
+        family: adapter.family_table().name.clone(),
+        families: detection.candidates.iter().map(|&f| registry.families[f].name.clone()).collect(),
+        coverage: detection.coverage(),
+        kind: kind_name(adapter).to_owned(),
+        tensors: source.tensors().len(),
+        modules: BTreeMap::new(),
+        dtypes: BTreeMap::new(),
+        ranks: BTreeMap::new(),
+        rank: None,
+        scales: BTreeMap::new(),
+        alpha: AlphaCount::default(),
+        widened: BTreeMap::new(),
+        loaders: Vec::new(),
+        metadata: source.metadata().iter().cloned().collect(),
+        unknown: adapter.unknown.iter().map(|&i| source.tensors()[i].name.clone()).collect(),
+        warnings: adapter.warnings.clone(),
+        problems: problems.iter().map(Error::to_json).collect(),
+    };
+    for info in source.tensors() {
+        *out.dtypes.entry(info.dtype.name().to_owned()).or_default() += 1;
+    }
+    for (key, placed) in &adapter.modules {
+        *out.modules.entry(adapter.component(key.component).name.clone()).or_default() += 1;
+        let module = &placed.module;
+        if let Some(rank) = module.rank() {
+            *out.ranks.entry(rank).or_default() += 1;
+            *out.scales.entry(format!("{}", (module.scale * 1e6).round() / 1e6)).or_default() += 1;
+            out.alpha.add(module.alpha_source);
+        }
+        let base = adapter.row(key, &placed.address).inputs.first().copied();
+        let width = module.get(Slot::Down).map(crate::tensor::Tensor::cols);
+        if let (Some(base), Some(width)) = (base, width)
+            && width != base
+        {
+            out.widened.insert(adapter.display(key), width);
+        }
+    }
+    if let (1, Some(rank)) = (out.ranks.len(), out.ranks.keys().next()) {
+        out.rank = Some(*rank);
+    }
+    out.loaders = loaders(registry, adapter);
+    out
+}
+
+/// What the dialect's table says of programs, and where another dialect would help.
+fn loaders(registry: &Registry, adapter: &Adapter) -> Vec<Loader> {
+    let plain = adapter
+        .modules
+        .values()
+        .all(|p| matches!(p.module.kind, Kind::Lora | Kind::Bias | Kind::Set) && !p.module.is_dora());
+    let topic = if plain { adapter.family_table().name.as_str() } else { "other" };
+    let says = |d: usize| registry.dialects[d].loaders.get(topic);
+    let mut names: Vec<&String> = (0..registry.dialects.len()).filter_map(says).flat_map(|m| m.keys()).collect();
+    names.sort();
+    names.dedup();
+    let own = adapter.detection.dialect.and_then(says);
+    let answer = |name: &String| {
+        let loads = match (adapter.detection.dialect, own.and_then(|m| m.get(name))) {
+            (_, Some(text)) => text.clone(),
+            (None, None) => "no: the keys are of several dialects".to_owned(),
+            (Some(_), None) => "no".to_owned(),
+        };
+        let better = (0..registry.dialects.len()).find(|&d| {
+            registry.dialects[d].writes(adapter.family)
+                && says(d).is_some_and(|m| m.get(name).is_some_and(|t| t == "yes"))
+        });
+        let convert_to = better.filter(|_| loads != "yes").map(|d| registry.dialects[d].name.clone());
+        Loader { name: name.clone(), loads, convert_to }
+    };
+    names.into_iter().map(answer).collect()
+}

@@ -1,0 +1,9 @@
+//! Files: reading headers within bounds, mapping bodies, writing whole files or none.
+
+mod header;
+mod source;
+mod write;
+
+pub use header::{Header, MAX_HEADER, TensorInfo, parse};
+pub use source::{Bytes, Source};
+pub use write::{Control, Layout, WriteOptions, write_file, write_text, write_to};

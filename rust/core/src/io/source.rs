@@ -1,0 +1,149 @@
+//! Where tensor bytes come from: a mapped file, bytes in memory, or tensors that somebody else owns.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest, Sha256};
+
+use super::header::{Header, TensorInfo, parse};
+use crate::error::{Code, Error, Result};
+
+/// Bytes that outlive the source and can be read from any thread.
+pub type Bytes = Box<dyn AsRef<[u8]> + Send + Sync>;
+
+enum Backing {
+    /// A whole safetensors file; tensor ranges point into it.
+    Whole(Bytes),
+    /// One buffer for each tensor.
+    Parts(Vec<Bytes>),
+}
+
+/// An opened input. Nothing but the header has been read.
+pub struct Source {
+    path: PathBuf,
+    backing: Backing,
+    header: Header,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source").field("path", &self.path).field("tensors", &self.header.tensors.len()).finish()
+    }
+}
+
+impl Source {
+    /// Maps a file. A folder with an `adapter_model.safetensors`, as PEFT writes one, stands for that file.
+    ///
+    /// The mapping is shared and read-only: no tensor byte is copied. A file that another process truncates while
+    /// it is mapped ends the process with a bus error, as with every memory-mapped reader.
+    pub fn open(path: &Path) -> Result<Self> {
+        let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "open the file", e))?;
+        if meta.is_dir() {
+            let inner = path.join("adapter_model.safetensors");
+            if inner.is_file() {
+                return Self::open(&inner);
+            }
+            return Err(Error::new(Code::IsADirectory, "this is a folder").at(path));
+        }
+        let file = File::open(path).map_err(|e| Error::io(path, "open the file", e))?;
+        if !meta.is_file() {
+            // A pipe or a device has no length to map.
+            let mut bytes = Vec::new();
+            std::io::Read::read_to_end(&mut &file, &mut bytes).map_err(|e| Error::io(path, "read the file", e))?;
+            return Self::from_bytes(path, Box::new(bytes));
+        }
+        if meta.len() == 0 {
+            return Err(Error::new(Code::Truncated, "the file is empty").at(path));
+        }
+        // SAFETY: the mapping is read-only and private to this source. Another process could change the file, which
+        // would change the bytes under us; they are only ever read as plain numbers, for which every bit pattern is
+        // a value, and all offsets were checked against the mapping's own length, which cannot change.
+        #[allow(unsafe_code)]
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, "map the file", e))?;
+        Self::from_bytes(path, Box::new(map))
+    }
+
+    /// Reads a file that is already in memory; `path` is what messages call it.
+    pub fn from_bytes(path: &Path, bytes: Bytes) -> Result<Self> {
+        let header = parse((*bytes).as_ref()).map_err(|e| e.at(path))?;
+        Ok(Self { path: path.to_path_buf(), backing: Backing::Whole(bytes), header })
+    }
+
+    /// Tensors that live in memory, as `(info, bytes)`; the ranges of the infos are ignored.
+    pub fn from_tensors(
+        path: &Path,
+        metadata: Vec<(String, String)>,
+        tensors: Vec<(TensorInfo, Bytes)>,
+    ) -> Result<Self> {
+        let (mut infos, mut parts) = (Vec::new(), Vec::new());
+        for (mut info, bytes) in tensors {
+            let have = (*bytes).as_ref().len();
+            let want = info.shape.iter().try_fold(info.dtype.size(), |n, &d| n.checked_mul(d));
+            if want != Some(have) {
+                let message =
+                    format!("`{}` is {} of shape {:?} but has {have} bytes", info.name, info.dtype.name(), info.shape);
+                return Err(Error::new(Code::InvalidOffsets, message).key(&info.name).at(path));
+            }
+            info.range = 0..have;
+            infos.push(info);
+            parts.push(bytes);
+        }
+        Ok(Self {
+            path: path.to_path_buf(),
+            backing: Backing::Parts(parts),
+            header: Header { metadata, tensors: infos },
+        })
+    }
+
+    /// What messages call it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The metadata entries.
+    pub fn metadata(&self) -> &[(String, String)] {
+        &self.header.metadata
+    }
+
+    /// The value of a metadata entry.
+    pub fn metadata_value(&self, key: &str) -> Option<&str> {
+        self.header.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+    }
+
+    /// The tensors, in the file's order.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.header.tensors
+    }
+
+    /// The bytes of tensor number `index`; not copied.
+    pub fn bytes(&self, index: usize) -> &[u8] {
+        match &self.backing {
+            Backing::Whole(bytes) => (**bytes).as_ref().get(self.header.tensors[index].range.clone()).unwrap_or(&[]),
+            Backing::Parts(parts) => (*parts[index]).as_ref(),
+        }
+    }
+
+    /// The size in bytes: of the file, or of all tensors where there is no file.
+    pub fn len(&self) -> usize {
+        match &self.backing {
+            Backing::Whole(bytes) => (**bytes).as_ref().len(),
+            Backing::Parts(parts) => parts.iter().map(|p| (**p).as_ref().len()).sum(),
+        }
+    }
+
+    /// Whether there are no bytes at all.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The SHA-256 of the file in lower-case hexadecimal; `None` where there is no file. Reads every byte.
+    pub fn sha256(&self) -> Option<String> {
+        match &self.backing {
+            Backing::Whole(bytes) => {
+                let digest = Sha256::digest((**bytes).as_ref());
+                Some(digest.iter().map(|b| format!("{b:02x}")).collect())
+            }
+            Backing::Parts(_) => None,
+        }
+    }
+}

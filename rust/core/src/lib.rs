@@ -1,0 +1,30 @@
+//! The engine of lorafmt: everything that is true without a network, a terminal or Python.
+//!
+//! A file is opened as a [`io::Source`], read through the tables of a [`table::Registry`] into an [`adapter::Adapter`]
+//! whose tensors are lazy descriptions ([`tensor::Tensor`]), and encoded for a dialect as a [`plan::Plan`] that a
+//! thread pool writes. Operations between reading and encoding know no key, no dialect and no family.
+
+#![deny(unsafe_code)]
+
+pub mod adapter;
+pub mod alpha;
+pub mod check;
+pub mod convert;
+pub mod decode;
+pub mod detect;
+pub mod dtype;
+pub mod encode;
+pub mod error;
+pub mod inspect;
+pub mod io;
+pub mod kind;
+pub mod linalg;
+pub mod meta;
+pub mod ops;
+pub mod plan;
+pub mod report;
+pub mod sample;
+pub mod table;
+pub mod tensor;
+
+pub use error::{Code, Error, Result};

@@ -1,0 +1,41 @@
+//! The header's metadata: carried word for word, less what the conversion makes untrue.
+
+use crate::alpha::is_alpha_metadata;
+
+/// Hashes over the tensors of the input; they are not those of the output.
+const HASHES: [&str; 3] = ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
+
+/// Ranks that a file states beside its alpha; without the alpha they would be half a sentence.
+const RANKS: [&str; 3] = ["ss_network_dim", "rank", "r"];
+
+/// The metadata of the output.
+///
+/// Entries about scales go, or the next reader would apply a folded scale a second time. Only the trainer's own
+/// `ss_*` notes stay, and those only if `alphas_kept`: every module still has its alpha tensor, which counts first.
+pub fn carry(metadata: &[(String, String)], alphas_kept: bool) -> Vec<(String, String)> {
+    let untrue = |key: &str| {
+        let tail = key.rsplit('.').next().unwrap_or(key);
+        let about_scale = is_alpha_metadata(key) || RANKS.contains(&tail);
+        HASHES.contains(&key) || (about_scale && !(alphas_kept && key.starts_with("ss_")))
+    };
+    let mut out: Vec<(String, String)> = metadata.iter().filter(|(k, _)| !untrue(k)).cloned().collect();
+    // Loaders of the torch world ask for it.
+    if !out.iter().any(|(k, _)| k == "format") {
+        out.push(("format".to_owned(), "pt".to_owned()));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_all_but_the_untrue() {
+        let pairs = [("ss_tag", "x"), ("sshs_model_hash", "1"), ("ss_network_alpha", "8"), ("ss_network_dim", "16")];
+        let meta: Vec<(String, String)> = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let keys = |m: Vec<(String, String)>| m.into_iter().map(|(k, _)| k).collect::<Vec<_>>();
+        assert_eq!(keys(carry(&meta, false)), ["ss_tag", "format"]);
+        assert_eq!(keys(carry(&meta, true)), ["ss_tag", "ss_network_alpha", "ss_network_dim", "format"]);
+    }
+}

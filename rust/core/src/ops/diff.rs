@@ -1,0 +1,206 @@
+//! Comparing two adapters by what they do, not by how they are written.
+
+use std::collections::BTreeSet;
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::delta::{delta_rows, shape};
+use crate::adapter::{Adapter, ModuleKey};
+use crate::error::{Code, Error, Result};
+use crate::kind::{Kind, Module, Slot};
+use crate::linalg::low_rank_norm;
+use crate::tensor::Tensor;
+
+/// Rows of a delta that are held at a time, in elements.
+const TILE: usize = 1 << 20;
+
+/// One module of a comparison.
+#[derive(Debug, Clone, Serialize)]
+pub struct ModuleDiff {
+    /// The canonical path with its component.
+    pub module: String,
+    /// Relative Frobenius norm of the difference; 1 if only one side has the module.
+    pub relative_error: f64,
+    /// `equal`, `close`, `differs`, `only-a`, `only-b`, `incomparable`.
+    pub state: &'static str,
+}
+
+/// A comparison.
+#[derive(Debug, Clone, Serialize)]
+pub struct DiffReport {
+    /// Version of this document.
+    pub schema: u32,
+    /// The first file.
+    pub a: String,
+    /// The second file.
+    pub b: String,
+    /// Whether every module is within the tolerance.
+    pub equal: bool,
+    /// The tolerance.
+    pub tolerance: f64,
+    /// Modules of both together.
+    pub modules: usize,
+    /// The largest relative error.
+    pub max_relative_error: f64,
+    /// The modules that are not bit for bit the same in effect.
+    pub differences: Vec<ModuleDiff>,
+}
+
+/// Compares module by module. Both adapters must be of one family.
+pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
+    if a.family_table().name != b.family_table().name {
+        let message = format!("one file is {}, the other {}", a.family_table().name, b.family_table().name);
+        return Err(Error::new(Code::InvalidArgument, message)
+            .at(b.source.path())
+            .hint("say `--family` if both are the same"));
+    }
+    let keys: BTreeSet<&ModuleKey> = a.modules.keys().chain(b.modules.keys()).collect();
+    let keys: Vec<&ModuleKey> = keys.into_iter().collect();
+    let compared: Vec<ModuleDiff> = keys
+        .par_iter()
+        .map(|key| {
+            let (error, state) = match (a.modules.get(key), b.modules.get(key)) {
+                (Some(x), Some(y)) => compare(&x.module, &y.module, tolerance),
+                (Some(x), None) => alone(&x.module, "only-a"),
+                (None, Some(y)) => alone(&y.module, "only-b"),
+                (None, None) => (0.0, "equal"),
+            };
+            ModuleDiff { module: a.display(key), relative_error: error, state }
+        })
+        .collect();
+    let max = compared.iter().map(|m| m.relative_error).fold(0.0, f64::max);
+    Ok(DiffReport {
+        schema: 1,
+        a: a.source.path().to_string_lossy().into_owned(),
+        b: b.source.path().to_string_lossy().into_owned(),
+        equal: compared.iter().all(|m| m.relative_error <= tolerance),
+        tolerance,
+        modules: compared.len(),
+        max_relative_error: max,
+        differences: compared.into_iter().filter(|m| m.state != "equal").collect(),
+    })
+}
+
+/// A module that only one side has is no difference if it does nothing.
+fn alone(module: &Module, state: &'static str) -> (f64, &'static str) {
+    let zero = |slot: Slot| module.get(slot).is_none_or(|t| t.is_zero(0..t.rows(), 0..t.cols()));
+    let harmless =
+        module.kind == Kind::Lora && !module.is_dora() && (zero(Slot::Up) || zero(Slot::Down)) && zero(Slot::DiffB);
+    if harmless { (0.0, "equal") } else { (1.0, state) }
+}
+
+fn compare(a: &Module, b: &Module, tolerance: f64) -> (f64, &'static str) {
+    let (a, b) = (a.tightened(), b.tightened());
+    if same(&a, &b) {
+        return (0.0, "equal");
+    }
+    let rest = side_tensors(&a, &b);
+    let main =
+        if a.kind == Kind::Lora && b.kind == Kind::Lora && a.get(Slot::Mid).is_none() && b.get(Slot::Mid).is_none() {
+            low_rank(&a, &b)
+        } else {
+            dense(&a, &b)
+        };
+    match main.or_else(|| vectors(&a, &b)) {
+        None => (1.0, "incomparable"),
+        Some(error) => {
+            let error = error.max(rest);
+            (
+                error,
+                if error == 0.0 {
+                    "equal"
+                } else if error <= tolerance {
+                    "close"
+                } else {
+                    "differs"
+                },
+            )
+        }
+    }
+}
+
+fn same(a: &Module, b: &Module) -> bool {
+    a.kind == b.kind
+        && a.scale == b.scale
+        && a.tensors.len() == b.tensors.len()
+        && a.tensors.iter().zip(&b.tensors).all(|((s, x), (t, y))| s == t && x.same_as(y))
+}
+
+/// Biases and magnitudes, which no delta shows.
+fn side_tensors(a: &Module, b: &Module) -> f64 {
+    let slots = [Slot::DiffB, Slot::Magnitude, Slot::MagnitudeIn];
+    slots.into_iter().map(|slot| relative(a.get(slot), b.get(slot))).fold(0.0, f64::max)
+}
+
+/// Kinds without a delta: tensor by tensor.
+fn vectors(a: &Module, b: &Module) -> Option<f64> {
+    if a.kind != b.kind || a.scale != b.scale {
+        return None;
+    }
+    let slots: BTreeSet<Slot> = a.tensors.keys().chain(b.tensors.keys()).copied().collect();
+    Some(slots.into_iter().map(|slot| relative(a.get(slot), b.get(slot))).fold(0.0, f64::max))
+}
+
+fn relative(a: Option<&Tensor>, b: Option<&Tensor>) -> f64 {
+    let values = |t: Option<&Tensor>| t.map(Tensor::to_f64).unwrap_or_default();
+    let (mut x, mut y) = (values(a), values(b));
+    let n = x.len().max(y.len());
+    x.resize(n, 0.0);
+    y.resize(n, 0.0);
+    ratio(x.iter().zip(&y).map(|(p, q)| (p - q) * (p - q)).sum::<f64>(), square(&x), square(&y))
+}
+
+fn square(x: &[f64]) -> f64 {
+    x.iter().map(|v| v * v).sum()
+}
+
+/// sqrt(difference) over the larger norm; NaN counts as a full difference.
+fn ratio(difference: f64, a: f64, b: f64) -> f64 {
+    if difference == 0.0 {
+        return 0.0;
+    }
+    let ratio = (difference / a.max(b)).sqrt();
+    if ratio.is_nan() { 1.0 } else { ratio }
+}
+
+/// ||B1 A1 - B2 A2|| through the R factors of [B1, -B2] and [A1; A2]^T: accurate to rounding, never m x n.
+fn low_rank(a: &Module, b: &Module) -> Option<f64> {
+    if shape(a)? != shape(b)? {
+        return Some(1.0);
+    }
+    let (m, n) = shape(a)?;
+    let columns = |t: &Tensor, scale: f64| {
+        transpose(&t.to_f64(), t.rows(), t.cols()).iter().map(|v| v * scale).collect::<Vec<f64>>()
+    };
+    let (ups, downs) = (
+        [columns(a.get(Slot::Up)?, a.scale), columns(b.get(Slot::Up)?, -b.scale)],
+        [a.get(Slot::Down)?.to_f64(), b.get(Slot::Down)?.to_f64()],
+    );
+    let difference = low_rank_norm(m, n, &ups.concat(), &downs.concat());
+    let norms = [low_rank_norm(m, n, &ups[0], &downs[0]), low_rank_norm(m, n, &ups[1], &downs[1])];
+    Some(ratio(difference * difference, norms[0] * norms[0], norms[1] * norms[1]))
+}
+
+fn transpose(values: &[f64], rows: usize, cols: usize) -> Vec<f64> {
+    (0..rows * cols).map(|i| values[(i % rows) * cols + i / rows]).collect()
+}
+
+fn dense(a: &Module, b: &Module) -> Option<f64> {
+    if shape(a)? != shape(b)? {
+        return Some(1.0);
+    }
+    let (rows, cols) = shape(a)?;
+    let step = (TILE / cols.max(1)).max(1);
+    let (mut difference, mut norm_a, mut norm_b) = (0.0, 0.0, 0.0);
+    let mut row = 0;
+    while row < rows {
+        let end = rows.min(row + step);
+        let (x, y) = (delta_rows(a, row..end)?, delta_rows(b, row..end)?);
+        difference += x.iter().zip(&y).map(|(p, q)| (p - q) * (p - q)).sum::<f64>();
+        norm_a += square(&x);
+        norm_b += square(&y);
+        row = end;
+    }
+    Some(ratio(difference, norm_a, norm_b))
+}

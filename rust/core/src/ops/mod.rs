@@ -1,0 +1,7 @@
+//! Operations on canonical adapters. They know no key, no dialect and no family.
+
+mod delta;
+mod diff;
+
+pub use delta::{delta_rows, shape};
+pub use diff::{DiffReport, ModuleDiff, diff};

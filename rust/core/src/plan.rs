@@ -1,0 +1,68 @@
+//! What will be written: tensors under their keys, metadata, and where every input tensor went.
+
+use crate::report::{AlphaCount, Fidelity, TensorCount, Warning};
+use crate::tensor::Tensor;
+
+/// A tensor of the output.
+#[derive(Debug, Clone)]
+pub struct Output {
+    /// The key.
+    pub key: String,
+    /// The tensor.
+    pub tensor: Tensor,
+}
+
+/// Where an input tensor went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fate {
+    /// Nothing has claimed it.
+    Unknown,
+    /// Left out, on request.
+    Dropped,
+    /// Written where the target's loaders ignore it.
+    Carried,
+    /// Written where the target's loaders read it.
+    Used,
+}
+
+/// A conversion that has been decided but not computed.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The tensors.
+    pub outputs: Vec<Output>,
+    /// The header's metadata.
+    pub metadata: Vec<(String, String)>,
+    /// A file to write beside the tensors (`adapter_config.json`), as name and text.
+    pub sidecar: Option<(String, String)>,
+    /// The fate of every input tensor.
+    pub fates: Vec<Fate>,
+    /// Modules of the target.
+    pub modules: usize,
+    /// Where scales were found.
+    pub alpha: AlphaCount,
+    /// What happens to the numbers.
+    pub fidelity: Fidelity,
+    /// Bound on the relative rounding error.
+    pub rounding: f64,
+    /// What deserves a word.
+    pub warnings: Vec<Warning>,
+}
+
+impl Plan {
+    /// The fates, counted.
+    pub fn count(&self) -> TensorCount {
+        let of = |fate: Fate| self.fates.iter().filter(|f| **f == fate).count();
+        TensorCount {
+            input: self.fates.len(),
+            used: of(Fate::Used),
+            carried: of(Fate::Carried),
+            dropped: of(Fate::Dropped),
+            unknown: of(Fate::Unknown),
+        }
+    }
+
+    /// The tensor of that key.
+    pub fn get(&self, key: &str) -> Option<&Tensor> {
+        self.outputs.iter().find(|o| o.key == key).map(|o| &o.tensor)
+    }
+}

@@ -1,0 +1,248 @@
+//! Dialects and families as data, compiled to one hash lookup.
+//!
+//! Every table is read in both directions: a key is found through its digit-run form (see [`pattern`]) and a module
+//! is spelled by rendering the same template. The four operations of a row have named inverses: `rename` is its own,
+//! `fuse` is undone by cutting, `swap_halves` undoes itself, and `only` limits a row to parameters that are replaced
+//! or shifted (norms, embeddings).
+
+mod load;
+mod lookup;
+pub mod pattern;
+mod raw;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use rustc_hash::FxHashMap;
+use serde::Deserialize;
+
+pub use lookup::{Hit, Read, SuffixMatch};
+use pattern::Template;
+
+use crate::error::{Code, Error, Result};
+use crate::kind::Slot;
+
+/// What stands between the canonical modules of a row and its other names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// The same module under another name.
+    Rename,
+    /// The other name is all canonical modules of the row, stacked by output rows.
+    Fuse,
+    /// The other name has the two halves of the output rows exchanged.
+    SwapHalves,
+    /// The same parameter under another name; no factors, only replacement or difference.
+    Only,
+}
+
+impl Op {
+    /// The name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Rename => "rename",
+            Op::Fuse => "fuse",
+            Op::SwapHalves => "swap_halves",
+            Op::Only => "only",
+        }
+    }
+}
+
+/// What a dialect does with the scale of a LoRA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AlphaPolicy {
+    /// An alpha tensor beside the factors.
+    Tensor,
+    /// Multiplied into the factors.
+    Folded,
+    /// In `adapter_config.json`; folded where there is no place for that file.
+    Config,
+}
+
+/// One row of a family: canonical modules and what other namespaces call them.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// The operation.
+    pub op: Op,
+    /// Canonical modules: several for `fuse`, one otherwise.
+    pub canonical: Vec<Template>,
+    /// The name in each namespace of the component; `None` where it has none. Index 0 (canonical) is empty for `fuse`.
+    pub names: Vec<Option<Template>>,
+    /// The parameter's name in each namespace, for `only`.
+    pub params: Vec<Option<String>>,
+    /// Input widths that occur; the first is that of the base model. Empty for vectors.
+    pub inputs: Vec<usize>,
+    /// Output rows of each canonical module.
+    pub outputs: Vec<usize>,
+}
+
+impl Row {
+    /// Output rows of all canonical modules together.
+    pub fn output(&self) -> usize {
+        self.outputs.iter().sum()
+    }
+}
+
+/// A part of a model that adapters target: the transformer, a text encoder.
+#[derive(Debug, Clone)]
+pub struct Component {
+    /// The name, as diffusers calls the part of the pipeline.
+    pub name: String,
+    /// Namings of its modules; the first is canonical.
+    pub namespaces: Vec<String>,
+    /// The rows.
+    pub rows: Vec<Row>,
+    /// Block variables, by number.
+    pub variables: Vec<String>,
+    blocks: BTreeMap<String, u32>,
+}
+
+impl Component {
+    /// The number of a namespace.
+    pub fn namespace(&self, name: &str) -> Option<usize> {
+        self.namespaces.iter().position(|n| n == name)
+    }
+}
+
+/// A base-model architecture.
+#[derive(Debug, Clone)]
+pub struct Family {
+    /// The name, part of the public contract.
+    pub name: String,
+    /// The name for people.
+    pub title: String,
+    /// Lower-case substrings of metadata that speak for this family.
+    pub hints: Vec<String>,
+    /// Its components.
+    pub components: Vec<Component>,
+}
+
+impl Family {
+    /// The number of a component.
+    pub fn component(&self, name: &str) -> Option<usize> {
+        self.components.iter().position(|c| c.name == name)
+    }
+}
+
+/// Where a dialect puts a component of a family.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// Number of the family.
+    pub family: usize,
+    /// Number of the component.
+    pub component: usize,
+    /// Number of the namespace.
+    pub namespace: usize,
+    /// The prefix that is written.
+    pub prefix: String,
+    /// Further prefixes that are read.
+    pub also: Vec<String>,
+    /// Whether loaders of the dialect ignore the component: it is carried along and counted so.
+    pub carried: bool,
+    /// Whether it is written, or only read.
+    pub write: bool,
+}
+
+/// How a tool spells an adapter.
+#[derive(Debug, Clone)]
+pub struct Dialect {
+    /// The name, part of the public contract.
+    pub name: String,
+    /// The name for people.
+    pub title: String,
+    /// Other names for `--from` and `--to`.
+    pub aliases: Vec<String>,
+    /// Smaller wins where two dialects explain a file equally well.
+    pub order: u32,
+    /// Whether it can be written.
+    pub write: bool,
+    /// Where the scale goes.
+    pub alpha: AlphaPolicy,
+    /// Lower-case substrings of metadata that speak for this dialect.
+    pub hints: Vec<String>,
+    /// Whether a component has biases (or magnitudes) for all its modules or for none.
+    pub uniform: bool,
+    /// Whether a DoRA magnitude is a column, `[out, 1]`, rather than a vector.
+    pub column_magnitude: bool,
+    /// Substrings of keys that make loaders of this dialect take the file for another one.
+    pub reserved: Vec<String>,
+    /// The suffix written for each slot it can hold.
+    pub spelling: BTreeMap<Slot, String>,
+    /// Loader by loader and family, whether it takes such a file.
+    pub loaders: BTreeMap<String, BTreeMap<String, String>>,
+    /// Where it puts what.
+    pub places: Vec<Place>,
+}
+
+impl Dialect {
+    /// The place that is written for a component.
+    pub fn place(&self, family: usize, component: usize) -> Option<&Place> {
+        self.places.iter().find(|p| p.write && p.family == family && p.component == component)
+    }
+
+    /// Whether it can be written for a family.
+    pub fn writes(&self, family: usize) -> bool {
+        self.write && self.places.iter().any(|p| p.write && !p.carried && p.family == family)
+    }
+
+    /// Whether it is read for a family.
+    pub fn reads(&self, family: usize) -> bool {
+        self.places.iter().any(|p| p.family == family)
+    }
+
+    /// The suffix of a slot for a parameter called `param` (`weight`, unless the row says otherwise).
+    pub fn suffix(&self, slot: Slot, param: Option<&str>) -> Option<String> {
+        let spelled = self.spelling.get(&slot)?;
+        let param = param.unwrap_or("weight");
+        let optional = if param == "weight" { String::new() } else { format!(".{param}") };
+        Some(spelled.replace("{.param}", &optional).replace("{param}", param))
+    }
+}
+
+/// A set of tables, compiled.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    /// The families.
+    pub families: Vec<Family>,
+    /// The dialects, in their order.
+    pub dialects: Vec<Dialect>,
+    suffixes: Vec<lookup::Suffix>,
+    paths: FxHashMap<String, Vec<lookup::Entry>>,
+    prefixes: Vec<lookup::Prefix>,
+}
+
+impl Registry {
+    /// The tables that come with lorafmt, compiled once.
+    pub fn builtin() -> Arc<Registry> {
+        static BUILTIN: OnceLock<Arc<Registry>> = OnceLock::new();
+        let make = || Arc::new(load::registry(&[]).expect("the built-in tables are valid: a test compiles them"));
+        Arc::clone(BUILTIN.get_or_init(make))
+    }
+
+    /// The built-in tables and further ones, each a TOML text of a family or a dialect, with the same checks.
+    ///
+    /// A table whose name exists already replaces the built-in one.
+    pub fn with_tables(tables: &[String]) -> Result<Arc<Registry>> {
+        load::registry(tables).map(Arc::new)
+    }
+
+    /// The number of a family.
+    pub fn family(&self, name: &str) -> Result<usize> {
+        let find = |name: &str| self.families.iter().position(|f| f.name == name);
+        find(name).or_else(|| find(&name.replace('-', ""))).ok_or_else(|| {
+            let known: Vec<&str> = self.families.iter().map(|f| f.name.as_str()).collect();
+            Error::new(Code::InvalidArgument, format!("no family is called `{name}`"))
+                .hint(format!("families: {}", known.join(", ")))
+        })
+    }
+
+    /// The number of a dialect, by name or alias.
+    pub fn dialect(&self, name: &str) -> Result<usize> {
+        let found = self.dialects.iter().position(|d| d.name == name || d.aliases.iter().any(|a| a == name));
+        found.ok_or_else(|| {
+            let known: Vec<&str> = self.dialects.iter().map(|d| d.name.as_str()).collect();
+            Error::new(Code::InvalidArgument, format!("no dialect is called `{name}`"))
+                .hint(format!("dialects: {}", known.join(", ")))
+        })
+    }
+}

@@ -1,0 +1,633 @@
+//! Lazy tensors: an output tensor is a list of rectangles placed on a zero background.
+//!
+//! Slicing, stacking, block-diagonal fusing, swapping of halves, scaling and casting all keep this one flat form.
+//! Rectangles that come to lie beside each other again, as they were in their input, merge: so fusing what was split
+//! is recognised as a plain copy, without a rule for it. Nothing is computed before [`Tensor::read`].
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use crate::dtype::{Dtype, f8e4m3_to_f32, f8e5m2_to_f32, read_f64, round_bf16};
+use crate::io::Source;
+
+/// Where the elements of a rectangle come from.
+#[derive(Debug, Clone)]
+enum Origin {
+    /// Tensor number `.1` of an input.
+    Input(Arc<Source>, usize),
+    /// Bytes made here: alphas, shapes.
+    Constant(Arc<[u8]>),
+}
+
+impl Origin {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Origin::Input(source, index) => source.bytes(*index),
+            Origin::Constant(bytes) => bytes,
+        }
+    }
+
+    fn same(&self, other: &Origin) -> bool {
+        match (self, other) {
+            (Origin::Input(a, i), Origin::Input(b, j)) => Arc::ptr_eq(a, b) && i == j,
+            (Origin::Constant(a), Origin::Constant(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
+    }
+}
+
+/// `rows` x `cols` elements of an input, placed at `at` and multiplied by `scale`.
+#[derive(Debug, Clone)]
+struct Piece {
+    origin: Origin,
+    dtype: Dtype,
+    /// Elements in a row of the input.
+    stride: usize,
+    from: (usize, usize),
+    at: (usize, usize),
+    rows: usize,
+    cols: usize,
+    scale: f64,
+}
+
+impl Piece {
+    /// Whether `next` continues this piece downwards, in the input as in the output.
+    fn continues_down(&self, next: &Piece) -> bool {
+        self.like(next)
+            && self.cols == next.cols
+            && (next.from.0, next.from.1) == (self.from.0 + self.rows, self.from.1)
+            && (next.at.0, next.at.1) == (self.at.0 + self.rows, self.at.1)
+    }
+
+    /// Whether `next` continues this piece to the right, in the input as in the output.
+    fn continues_right(&self, next: &Piece) -> bool {
+        self.like(next)
+            && self.rows == next.rows
+            && (next.from.0, next.from.1) == (self.from.0, self.from.1 + self.cols)
+            && (next.at.0, next.at.1) == (self.at.0, self.at.1 + self.cols)
+    }
+
+    fn like(&self, other: &Piece) -> bool {
+        self.scale == other.scale && self.stride == other.stride && self.origin.same(&other.origin)
+    }
+
+    fn row(&self, row: usize) -> &[u8] {
+        let size = self.dtype.size();
+        let start = ((self.from.0 + row) * self.stride + self.from.1) * size;
+        &self.origin.bytes()[start..start + self.cols * size]
+    }
+
+    /// Its bytes if they lie in one run.
+    fn run(&self) -> Option<&[u8]> {
+        if self.cols != self.stride && self.rows != 1 {
+            return None;
+        }
+        let size = self.dtype.size();
+        let start = (self.from.0 * self.stride + self.from.1) * size;
+        self.origin.bytes().get(start..start + self.rows * self.cols * size)
+    }
+}
+
+/// A tensor that has not been computed yet. Cloning copies the description, never data.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    dtype: Dtype,
+    pieces: Vec<Piece>,
+}
+
+/// Seen as a matrix, the first dimension is the rows and all others together are the columns.
+fn matrix(shape: &[usize]) -> (usize, usize) {
+    match shape {
+        [] => (1, 1),
+        [rows, rest @ ..] => (*rows, rest.iter().product()),
+    }
+}
+
+impl Tensor {
+    /// Tensor number `index` of a source, as it is.
+    pub fn input(source: &Arc<Source>, index: usize) -> Self {
+        let info = &source.tensors()[index];
+        Self::whole(Origin::Input(Arc::clone(source), index), info.dtype, info.shape.clone())
+    }
+
+    /// A tensor of given little-endian bytes.
+    pub fn constant(dtype: Dtype, shape: Vec<usize>, bytes: impl Into<Arc<[u8]>>) -> Self {
+        Self::whole(Origin::Constant(bytes.into()), dtype, shape)
+    }
+
+    /// A float32 scalar.
+    pub fn scalar(value: f32) -> Self {
+        Self::constant(Dtype::F32, vec![], value.to_le_bytes().to_vec())
+    }
+
+    /// All zeros.
+    pub fn zeros(dtype: Dtype, shape: Vec<usize>) -> Self {
+        Self { shape, dtype, pieces: Vec::new() }
+    }
+
+    fn whole(origin: Origin, dtype: Dtype, shape: Vec<usize>) -> Self {
+        let (rows, cols) = matrix(&shape);
+        let piece = Piece { origin, dtype, stride: cols, from: (0, 0), at: (0, 0), rows, cols, scale: 1.0 };
+        let pieces = if rows * cols == 0 { vec![] } else { vec![piece] };
+        Self { shape, dtype, pieces }
+    }
+
+    /// The shape, outermost dimension first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The element type of the result.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Length of the first dimension; 1 for a scalar.
+    pub fn rows(&self) -> usize {
+        matrix(&self.shape).0
+    }
+
+    /// Product of all dimensions but the first; 1 for vectors and scalars.
+    pub fn cols(&self) -> usize {
+        matrix(&self.shape).1
+    }
+
+    /// Bytes of the result.
+    pub fn nbytes(&self) -> usize {
+        self.rows() * self.cols() * self.dtype.size()
+    }
+
+    /// Whether every element is a copied bit pattern: no arithmetic, no cast.
+    pub fn is_copy(&self) -> bool {
+        !self.is_scaled() && self.pieces.iter().all(|p| p.dtype == self.dtype)
+    }
+
+    /// Whether any element is multiplied.
+    pub fn is_scaled(&self) -> bool {
+        self.pieces.iter().any(|p| p.scale != 1.0)
+    }
+
+    /// Whether any element is cast to a type that may not hold it.
+    pub fn is_narrowed(&self) -> bool {
+        self.pieces.iter().any(|p| !p.dtype.fits_in(self.dtype))
+    }
+
+    /// Largest relative rounding error of an element: 0 for copies, exact casts and powers of two.
+    pub fn rounding(&self) -> f64 {
+        self.pieces
+            .iter()
+            .map(|p| {
+                let exact_scale = p.scale == 0.0 || p.scale.abs().log2().fract() == 0.0;
+                if exact_scale && p.dtype.fits_in(self.dtype) { 0.0 } else { self.dtype.unit_roundoff() }
+            })
+            .fold(0.0, f64::max)
+    }
+
+    /// The same elements under another shape of equal size and equal first dimension (or as a vector of it).
+    #[must_use]
+    pub fn reshaped(mut self, shape: Vec<usize>) -> Self {
+        assert_eq!(matrix(&shape), matrix(&self.shape), "reshape keeps rows and columns");
+        self.shape = shape;
+        self
+    }
+
+    /// The rows `range`; views, not copies.
+    #[must_use]
+    pub fn slice_rows(&self, range: Range<usize>) -> Self {
+        self.window(range, 0..self.cols())
+    }
+
+    /// The columns `range` of a matrix; views, not copies.
+    #[must_use]
+    pub fn slice_cols(&self, range: Range<usize>) -> Self {
+        self.window(0..self.rows(), range)
+    }
+
+    fn window(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        let mut pieces = Vec::with_capacity(self.pieces.len());
+        for p in &self.pieces {
+            let top = p.at.0.max(rows.start);
+            let bottom = (p.at.0 + p.rows).min(rows.end);
+            let left = p.at.1.max(cols.start);
+            let right = (p.at.1 + p.cols).min(cols.end);
+            if top < bottom && left < right {
+                pieces.push(Piece {
+                    from: (p.from.0 + top - p.at.0, p.from.1 + left - p.at.1),
+                    at: (top - rows.start, left - cols.start),
+                    rows: bottom - top,
+                    cols: right - left,
+                    ..p.clone()
+                });
+            }
+        }
+        let mut shape = self.shape.clone();
+        if let Some(first) = shape.first_mut() {
+            *first = rows.len();
+        }
+        if cols.len() != self.cols() {
+            shape = vec![rows.len(), cols.len()];
+        }
+        Self { shape, dtype: self.dtype, pieces }
+    }
+
+    fn place(&mut self, other: &Tensor, at: (usize, usize)) {
+        for p in &other.pieces {
+            let mut p = p.clone();
+            p.at = (p.at.0 + at.0, p.at.1 + at.1);
+            match self.pieces.last_mut() {
+                Some(last) if last.continues_down(&p) => last.rows += p.rows,
+                Some(last) if last.continues_right(&p) => last.cols += p.cols,
+                _ => self.pieces.push(p),
+            }
+        }
+    }
+
+    /// One above the other. All parts have the same columns.
+    #[must_use]
+    pub fn stack_rows(parts: &[Tensor]) -> Self {
+        let rows = parts.iter().map(Tensor::rows).sum();
+        let mut out = Self::frame(parts, rows, parts[0].cols());
+        let mut shape = parts[0].shape.clone();
+        if let Some(first) = shape.first_mut() {
+            *first = rows;
+            out.shape = shape;
+        }
+        let mut row = 0;
+        for part in parts {
+            debug_assert_eq!(part.cols(), parts[0].cols());
+            out.place(part, (row, 0));
+            row += part.rows();
+        }
+        out
+    }
+
+    /// Side by side. All parts have the same rows.
+    #[must_use]
+    pub fn stack_cols(parts: &[Tensor]) -> Self {
+        let cols = parts.iter().map(Tensor::cols).sum();
+        let mut out = Self::frame(parts, parts[0].rows(), cols);
+        let mut col = 0;
+        for part in parts {
+            debug_assert_eq!(part.rows(), parts[0].rows());
+            out.place(part, (0, col));
+            col += part.cols();
+        }
+        out
+    }
+
+    /// Along the diagonal, zeros elsewhere.
+    #[must_use]
+    pub fn block_diagonal(parts: &[Tensor]) -> Self {
+        let rows = parts.iter().map(Tensor::rows).sum();
+        let cols = parts.iter().map(Tensor::cols).sum();
+        let mut out = Self::frame(parts, rows, cols);
+        let mut at = (0, 0);
+        for part in parts {
+            out.place(part, at);
+            at = (at.0 + part.rows(), at.1 + part.cols());
+        }
+        out
+    }
+
+    fn frame(parts: &[Tensor], rows: usize, cols: usize) -> Self {
+        // Parts of different types meet in the widest of them, so that nothing is rounded by joining.
+        let widest = parts.iter().map(|p| p.dtype).reduce(common_dtype).expect("at least one part");
+        Self::zeros(widest, vec![rows, cols])
+    }
+
+    /// The two halves of the rows exchanged; an odd number of rows has no halves.
+    pub fn swap_halves(&self) -> Option<Self> {
+        let rows = self.rows();
+        if rows % 2 != 0 {
+            return None;
+        }
+        let mut out = Self::stack_rows(&[self.slice_rows(rows / 2..rows), self.slice_rows(0..rows / 2)]);
+        out.shape.clone_from(&self.shape);
+        Some(out)
+    }
+
+    /// Every element times `factor`: computed in float32 (float64 for float64) and rounded once, on reading.
+    #[must_use]
+    pub fn scaled(mut self, factor: f64) -> Self {
+        if factor != 1.0 {
+            for p in &mut self.pieces {
+                p.scale *= factor;
+            }
+        }
+        self
+    }
+
+    /// Another element type for the result.
+    #[must_use]
+    pub fn cast(mut self, dtype: Dtype) -> Self {
+        self.dtype = dtype;
+        self
+    }
+
+    /// Whether both are the same bits: by description where that suffices, else by comparing bytes.
+    pub fn same_as(&self, other: &Tensor) -> bool {
+        if self.shape != other.shape || self.dtype != other.dtype {
+            return false;
+        }
+        let alike = self.pieces.len() == other.pieces.len()
+            && self
+                .pieces
+                .iter()
+                .zip(&other.pieces)
+                .all(|(a, b)| a.like(b) && (a.from, a.at, a.rows, a.cols) == (b.from, b.at, b.rows, b.cols));
+        if alike {
+            return true;
+        }
+        match (self.contiguous(), other.contiguous()) {
+            (Some(a), Some(b)) => a == b,
+            _ => {
+                let (mut a, mut b) = (Vec::new(), Vec::new());
+                (0..self.rows()).all(|row| {
+                    self.read_rows_into(row..row + 1, &mut a);
+                    other.read_rows_into(row..row + 1, &mut b);
+                    a == b
+                })
+            }
+        }
+    }
+
+    /// The bytes of the result if they lie in one run of an input as they are.
+    pub fn contiguous(&self) -> Option<&[u8]> {
+        match self.pieces.as_slice() {
+            [p] if p.scale == 1.0
+                && p.dtype == self.dtype
+                && p.at == (0, 0)
+                && (p.rows, p.cols) == (self.rows(), self.cols()) =>
+            {
+                p.run()
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether every element in the window is zero (of either sign). Stops at the first that is not.
+    pub fn is_zero(&self, rows: Range<usize>, cols: Range<usize>) -> bool {
+        self.window(rows, cols).pieces.iter().all(|p| {
+            let size = p.dtype.size();
+            p.scale == 0.0
+                || (0..p.rows).all(|r| {
+                    let row = p.row(r);
+                    row.iter().all(|&b| b == 0) || row.chunks_exact(size).all(|e| read_f64(p.dtype, e) == 0.0)
+                })
+        })
+    }
+
+    /// All elements as float64, row by row.
+    pub fn to_f64(&self) -> Vec<f64> {
+        self.rows_f64(0..self.rows())
+    }
+
+    /// The elements of some rows as float64; scales are applied in float64 and nothing is rounded.
+    pub fn rows_f64(&self, rows: Range<usize>) -> Vec<f64> {
+        let cols = self.cols();
+        let mut out = vec![0.0; rows.len() * cols];
+        for p in &self.window(rows, 0..cols).pieces {
+            for r in 0..p.rows {
+                let start = (p.at.0 + r) * cols + p.at.1;
+                let target = &mut out[start..start + p.cols];
+                for (value, element) in target.iter_mut().zip(p.row(r).chunks_exact(p.dtype.size())) {
+                    *value = read_f64(p.dtype, element) * p.scale;
+                }
+            }
+        }
+        out
+    }
+
+    /// Replaces `buffer` by the bytes of some rows.
+    pub fn read_rows_into(&self, rows: Range<usize>, buffer: &mut Vec<u8>) {
+        buffer.clear();
+        buffer.resize(rows.len() * self.cols() * self.dtype.size(), 0);
+        self.read(rows, buffer);
+    }
+
+    /// Computes some rows into `out`, which must have exactly their size. Returns whether a finite element
+    /// overflowed to infinity.
+    pub fn read(&self, rows: Range<usize>, out: &mut [u8]) -> bool {
+        let (cols, size) = (self.cols(), self.dtype.size());
+        assert_eq!(out.len(), rows.len() * cols * size, "output has the size of the rows");
+        if !self.covers() {
+            out.fill(0);
+        }
+        let mut overflow = false;
+        for p in &self.pieces {
+            let top = p.at.0.max(rows.start);
+            let bottom = (p.at.0 + p.rows).min(rows.end);
+            if top >= bottom {
+                continue;
+            }
+            if p.cols == cols && p.stride == cols {
+                // Full width: one run of memory on both sides.
+                let from = (p.from.0 + top - p.at.0) * cols * p.dtype.size();
+                let count = (bottom - top) * cols;
+                let source = &p.origin.bytes()[from..from + count * p.dtype.size()];
+                let target = &mut out[(top - rows.start) * cols * size..(bottom - rows.start) * cols * size];
+                overflow |= convert(p.dtype, source, p.scale, self.dtype, target);
+                continue;
+            }
+            for row in top..bottom {
+                let source = p.row(row - p.at.0);
+                let start = ((row - rows.start) * cols + p.at.1) * size;
+                overflow |= convert(p.dtype, source, p.scale, self.dtype, &mut out[start..start + p.cols * size]);
+            }
+        }
+        overflow
+    }
+
+    fn covers(&self) -> bool {
+        self.pieces.iter().map(|p| p.rows * p.cols).sum::<usize>() == self.rows() * self.cols()
+    }
+}
+
+/// The narrowest type that holds every value of both.
+pub fn common_dtype(a: Dtype, b: Dtype) -> Dtype {
+    if a.fits_in(b) {
+        b
+    } else if b.fits_in(a) {
+        a
+    } else if a.is_fp8() && b.is_fp8() {
+        Dtype::BF16
+    } else {
+        Dtype::F32
+    }
+}
+
+/// `target = round(source * scale)`. Returns whether a finite element became infinite.
+fn convert(from: Dtype, source: &[u8], scale: f64, to: Dtype, target: &mut [u8]) -> bool {
+    if from == to && scale == 1.0 {
+        target.copy_from_slice(source);
+        return false;
+    }
+    let s = scale as f32;
+    match (from, to) {
+        (Dtype::BF16, Dtype::BF16) => {
+            let mut overflow = false;
+            for (o, i) in target.as_chunks_mut::<2>().0.iter_mut().zip(source.as_chunks::<2>().0) {
+                let value = f32::from_bits(u32::from(u16::from_le_bytes(*i)) << 16);
+                let rounded = round_bf16(value * s);
+                overflow |= (rounded & 0x7fff) == 0x7f80 && value.is_finite();
+                *o = rounded.to_le_bytes();
+            }
+            overflow
+        }
+        (Dtype::F32, Dtype::F32) => {
+            let mut overflow = false;
+            for (o, i) in target.as_chunks_mut::<4>().0.iter_mut().zip(source.as_chunks::<4>().0) {
+                let value = f32::from_le_bytes(*i);
+                let scaled = value * s;
+                overflow |= scaled.is_infinite() && value.is_finite();
+                *o = scaled.to_le_bytes();
+            }
+            overflow
+        }
+        // A cast that is no multiplication must not pass integers or float64 through float32.
+        _ if from == Dtype::F64 || to == Dtype::F64 || !from.is_float() => convert_f64(from, source, scale, to, target),
+        _ => convert_f32(from, source, s, to, target),
+    }
+}
+
+fn convert_f32(from: Dtype, source: &[u8], scale: f32, to: Dtype, target: &mut [u8]) -> bool {
+    let mut overflow = false;
+    let pairs = target.chunks_exact_mut(to.size()).zip(source.chunks_exact(from.size()));
+    for (o, i) in pairs {
+        let value = match from {
+            Dtype::F8E4M3 => f8e4m3_to_f32(i[0]),
+            Dtype::F8E5M2 => f8e5m2_to_f32(i[0]),
+            Dtype::F16 => f16::from_le_bytes([i[0], i[1]]).to_f32(),
+            Dtype::BF16 => bf16::from_le_bytes([i[0], i[1]]).to_f32(),
+            _ => f32::from_le_bytes([i[0], i[1], i[2], i[3]]),
+        };
+        overflow |= store(value * scale, to, o) && value.is_finite();
+    }
+    overflow
+}
+
+fn convert_f64(from: Dtype, source: &[u8], scale: f64, to: Dtype, target: &mut [u8]) -> bool {
+    let mut overflow = false;
+    for (o, i) in target.chunks_exact_mut(to.size()).zip(source.chunks_exact(from.size())) {
+        let value = read_f64(from, i);
+        let scaled = value * scale;
+        overflow |= value.is_finite()
+            && match to {
+                Dtype::F64 => {
+                    o.copy_from_slice(&scaled.to_le_bytes());
+                    scaled.is_infinite()
+                }
+                // Straight from float64, so that there is one rounding.
+                Dtype::F16 => {
+                    let rounded = f16::from_f64(scaled);
+                    o.copy_from_slice(&rounded.to_le_bytes());
+                    rounded.is_infinite()
+                }
+                Dtype::BF16 => {
+                    let rounded = bf16::from_f64(scaled);
+                    o.copy_from_slice(&rounded.to_le_bytes());
+                    rounded.is_infinite()
+                }
+                _ => store(scaled as f32, to, o),
+            };
+    }
+    overflow
+}
+
+/// Rounds and stores; returns whether the stored value is infinite.
+fn store(value: f32, to: Dtype, out: &mut [u8]) -> bool {
+    match to {
+        Dtype::F16 => {
+            let rounded = f16::from_f32(value);
+            out.copy_from_slice(&rounded.to_le_bytes());
+            rounded.is_infinite()
+        }
+        Dtype::BF16 => {
+            let rounded = round_bf16(value);
+            out.copy_from_slice(&rounded.to_le_bytes());
+            rounded & 0x7fff == 0x7f80
+        }
+        Dtype::F32 => {
+            out.copy_from_slice(&value.to_le_bytes());
+            value.is_infinite()
+        }
+        other => unreachable!("no arithmetic is ever planned into {}", other.name()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn f32s(shape: &[usize], values: &[f32]) -> Tensor {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Tensor::constant(Dtype::F32, shape.to_vec(), bytes)
+    }
+
+    fn count(rows: usize, cols: usize) -> Tensor {
+        let values: Vec<f32> = (0..rows * cols).map(|i| i as f32).collect();
+        f32s(&[rows, cols], &values)
+    }
+
+    #[test]
+    fn stacking_slices_is_a_copy_again() {
+        let t = count(6, 3);
+        let parts = [t.slice_rows(0..2), t.slice_rows(2..3), t.slice_rows(3..6)];
+        let whole = Tensor::stack_rows(&parts);
+        assert!(whole.contiguous().is_some());
+        assert!(whole.same_as(&t));
+        let swapped = t.swap_halves().expect("even");
+        assert!(swapped.contiguous().is_none());
+        assert!(swapped.swap_halves().expect("even").contiguous().is_some());
+    }
+
+    #[test]
+    fn block_diagonal_has_zeros_elsewhere() {
+        let out = Tensor::block_diagonal(&[f32s(&[1, 2], &[1., 2.]), f32s(&[2, 1], &[3., 4.])]);
+        assert_eq!(out.shape(), [3, 3]);
+        assert_eq!(out.to_f64(), [1., 2., 0., 0., 0., 3., 0., 0., 4.]);
+        let mut bytes = Vec::new();
+        out.read_rows_into(1..3, &mut bytes);
+        assert_eq!(bytes, f32s(&[2, 3], &[0., 0., 3., 0., 0., 4.]).contiguous().expect("plain"));
+    }
+
+    #[test]
+    fn windows_agree_with_whole() {
+        let t = Tensor::stack_cols(&[count(4, 2), count(4, 3).scaled(0.5)]);
+        let all = t.to_f64();
+        let rows = t.slice_rows(1..3).to_f64();
+        assert_eq!(rows, all[5..15]);
+        let cols = t.slice_cols(1..4).to_f64();
+        assert_eq!(cols[0..3], all[1..4]);
+    }
+
+    #[test]
+    fn scaling_rounds_once_from_float32() {
+        let values = [1.0f32, 1.0 / 3.0, -2.5e-3];
+        let bytes: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        let t = Tensor::constant(Dtype::BF16, vec![3], bytes).scaled(0.7);
+        let mut out = Vec::new();
+        t.read_rows_into(0..3, &mut out);
+        for (o, v) in out.chunks_exact(2).zip(values) {
+            let want = bf16::from_f32(bf16::from_f32(v).to_f32() * 0.7f32);
+            assert_eq!(bf16::from_le_bytes([o[0], o[1]]), want);
+        }
+        assert!(t.rounding() > 0.0 && !t.is_copy());
+    }
+
+    #[test]
+    fn overflow_is_seen() {
+        let t = f32s(&[1], &[1e30]).cast(Dtype::F16);
+        assert!(t.read(0..1, &mut [0, 0]));
+        assert!(!f32s(&[1], &[1.0]).cast(Dtype::F16).read(0..1, &mut [0, 0]));
+    }
+
+    #[test]
+    fn zero_test_knows_negative_zero() {
+        let t = f32s(&[2, 2], &[0.0, -0.0, 1.0, 0.0]);
+        assert!(t.is_zero(0..1, 0..2) && !t.is_zero(0..2, 0..2) && t.is_zero(0..2, 1..2));
+    }
+}
