@@ -108,28 +108,30 @@ pub fn convert(adapter: &Adapter, options: &ConvertOptions, target: Target<'_>, 
             write_file(path, &layout, write, control)?
         }
     };
-    let mut warnings = plan.warnings.clone();
+    let mut report = report(adapter, &plan, &dialect.name, layout.len());
+    report.target.path = written.map(|p| p.to_string_lossy().into_owned());
+    report.seconds = started.elapsed().as_secs_f64();
     if overflow {
         let detail = "a finite value became infinite in the output's element type; choose `--dtype bf16` or `fp32`";
-        warnings.push(Warning::new("overflow", None, detail));
+        report.warnings.push(Warning::new("overflow", None, detail));
     }
-    Ok(Report {
+    Ok(report)
+}
+
+/// The report of a plan that has not been carried out; `bytes` is the size of the file to be.
+pub fn report(adapter: &Adapter, plan: &Plan, dialect: &str, bytes: usize) -> Report {
+    Report {
         schema: 1,
         source: describe(adapter),
-        target: TargetReport {
-            path: written.map(|p| p.to_string_lossy().into_owned()),
-            dialect: dialect.name.clone(),
-            bytes: layout.len() as u64,
-            tensors: plan.outputs.len(),
-        },
+        target: TargetReport { path: None, dialect: dialect.to_owned(), bytes: bytes as u64, tensors: plan.outputs.len() },
         tensors: plan.count(),
         modules: plan.modules,
         alpha: plan.alpha,
         fidelity: plan.fidelity,
         max_relative_error: plan.rounding,
-        warnings,
-        seconds: started.elapsed().as_secs_f64(),
-    })
+        warnings: plan.warnings.clone(),
+        seconds: 0.0,
+    }
 }
 
 /// Whether an output path means a folder: it is one, or has no `.safetensors` at its end.

@@ -141,6 +141,19 @@ impl Error {
         self
     }
 
+    /// The same error once more, without its operating system cause.
+    #[must_use]
+    pub fn duplicate(&self) -> Self {
+        Self {
+            code: self.code,
+            message: self.message.clone(),
+            path: self.path.clone(),
+            key: self.key.clone(),
+            hint: self.hint.clone(),
+            source: None,
+        }
+    }
+
     /// The stable code.
     pub fn code(&self) -> Code {
         self.code

@@ -49,6 +49,21 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// Tensors that are written as they are: no conversion stands behind them.
+    pub fn of_outputs(outputs: Vec<Output>, metadata: Vec<(String, String)>) -> Self {
+        Self {
+            modules: 0,
+            outputs,
+            metadata,
+            sidecar: None,
+            fates: Vec::new(),
+            alpha: AlphaCount::default(),
+            fidelity: Fidelity::Exact,
+            rounding: 0.0,
+            warnings: Vec::new(),
+        }
+    }
+
     /// The fates, counted.
     pub fn count(&self) -> TensorCount {
         let of = |fate: Fate| self.fates.iter().filter(|f| **f == fate).count();

@@ -1,1 +1,290 @@
-//! Python bindings.
+//! `lorafmt._lorafmt`: argument conversion and nothing else. Reports cross the border as the JSON of the public contract,
+//! so Python and the command line cannot drift apart.
+
+mod enter;
+mod source;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use lorafmt_core::adapter::{Adapter as CoreAdapter, ModuleKey, Placed};
+use lorafmt_core::check::check as core_check;
+use lorafmt_core::convert::{self, ConvertOptions, Target};
+use lorafmt_core::decode::decode_lenient;
+use lorafmt_core::dtype::Dtype;
+use lorafmt_core::encode::Unknown;
+use lorafmt_core::error::{Code, Error, Result};
+use lorafmt_core::io::{Layout, WriteOptions, write_file};
+use lorafmt_core::plan::{Output, Plan as CorePlan};
+use lorafmt_core::table::Registry;
+use lorafmt_core::tensor::Tensor;
+use lorafmt_core::{inspect as core_inspect, ops};
+use pyo3::prelude::*;
+use serde_json::Value;
+
+use enter::enter;
+use source::{Buffer, SourceArgument, fill};
+
+/// The tables in use: the built-in ones, and those registered since.
+static REGISTRY: std::sync::RwLock<Option<Arc<Registry>>> = std::sync::RwLock::new(None);
+static TABLES: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+
+fn registry() -> Arc<Registry> {
+    let current = REGISTRY.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    current.as_ref().map_or_else(Registry::builtin, Arc::clone)
+}
+
+/// Adds a table (TOML text) for this process; an equal name replaces.
+#[pyfunction]
+fn register_table(py: Python<'_>, text: String) -> PyResult<()> {
+    enter(py, None, |_| {
+        let mut tables = TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut wanted = tables.clone();
+        wanted.push(text);
+        let compiled = Registry::with_tables(&wanted)?;
+        *REGISTRY.write().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(compiled);
+        *tables = wanted;
+        Ok(())
+    })
+}
+
+fn to_json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"))
+}
+
+/// Options of a conversion, from the keyword arguments that Python collected as JSON.
+fn options(json: &str) -> Result<ConvertOptions> {
+    let bad = |what: String| Error::new(Code::InvalidArgument, what);
+    let value: Value = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
+    let text = |name: &str| value.get(name).and_then(Value::as_str).map(str::to_owned);
+    let word = |name: &str, choices: &[&str]| -> Result<String> {
+        let have = text(name).unwrap_or_else(|| choices[0].to_owned());
+        if choices.contains(&have.as_str()) {
+            return Ok(have);
+        }
+        Err(bad(format!("`{name}` is `{have}`")).hint(format!("one of: {}", choices.join(", "))))
+    };
+    Ok(ConvertOptions {
+        to: text("to").unwrap_or_else(|| ConvertOptions::default().to),
+        from: text("from"),
+        family: text("family"),
+        dtype: match word("dtype", &["keep", "bf16", "fp16", "fp32"])?.as_str() {
+            "bf16" => Some(Dtype::BF16),
+            "fp16" => Some(Dtype::F16),
+            "fp32" => Some(Dtype::F32),
+            _ => None,
+        },
+        strength: value.get("strength").and_then(Value::as_f64).unwrap_or(1.0),
+        unknown: match word("unknown", &["error", "drop", "keep"])?.as_str() {
+            "drop" => Unknown::Drop,
+            "keep" => Unknown::Keep,
+            _ => Unknown::Error,
+        },
+        lossy: word("lossy", &["error", "allow"])? == "allow",
+    })
+}
+
+/// An adapter that has been read; its tensors stay where they are.
+#[pyclass(frozen, module = "lorafmt._lorafmt")]
+struct Adapter {
+    inner: CoreAdapter,
+    problems: Vec<Error>,
+}
+
+impl Adapter {
+    /// The adapter, unless reading it met a problem.
+    fn sound(&self) -> Result<&CoreAdapter> {
+        match self.problems.first() {
+            Some(problem) => Err(problem.duplicate()),
+            None => Ok(&self.inner),
+        }
+    }
+
+    fn find(&self, name: &str) -> Result<(&ModuleKey, &Placed)> {
+        let adapter = self.sound()?;
+        let by_path = |full: bool| adapter.modules.iter().find(|(k, _)| if full { adapter.display(k) == name } else { k.path == name });
+        by_path(true).or_else(|| by_path(false)).ok_or_else(|| {
+            Error::new(Code::UnknownKey, format!("no module is called `{name}`")).hint("iterate over the adapter to see its modules")
+        })
+    }
+}
+
+#[pymethods]
+impl Adapter {
+    /// Reads an adapter. Problems are kept; they are raised by whatever needs a sound one.
+    #[staticmethod]
+    #[pyo3(signature = (source, options="{}"))]
+    fn open(py: Python<'_>, source: SourceArgument<'_>, options: &str) -> PyResult<Self> {
+        let source = source.prepare()?;
+        let options = self::options(options);
+        enter(py, None, |_| {
+            let (registry, options) = (registry(), options?);
+            let given = convert::given(&registry, options.family.as_deref(), options.from.as_deref())?;
+            let (inner, problems) = decode_lenient(&registry, &Arc::new(source.open()?), given)?;
+            Ok(Self { inner, problems })
+        })
+    }
+
+    /// Raises the first problem, if there is one.
+    fn ensure_sound(&self, py: Python<'_>) -> PyResult<()> {
+        enter(py, None, |_| self.sound().map(drop))
+    }
+
+    /// What it is, as JSON.
+    fn inspect(&self, py: Python<'_>) -> PyResult<String> {
+        enter(py, None, |_| Ok(to_json(&core_inspect::inspect(&self.inner, &self.problems))))
+    }
+
+    /// Names of its modules with their component, in order.
+    fn modules(&self, py: Python<'_>) -> PyResult<Vec<(String, String)>> {
+        enter(py, None, |_| {
+            let adapter = self.sound()?;
+            let name = |k: &ModuleKey| (adapter.component(k.component).name.clone(), k.path.clone());
+            Ok(adapter.modules.keys().map(name).collect())
+        })
+    }
+
+    /// Kind, rank, scale, shape and slots of a module, as JSON.
+    fn module(&self, py: Python<'_>, name: &str) -> PyResult<String> {
+        enter(py, None, |_| {
+            let (_, placed) = self.find(name)?;
+            let module = placed.module.tightened();
+            let slots: serde_json::Map<String, Value> =
+                module.tensors.iter().map(|(s, t)| (s.name().to_owned(), serde_json::json!([t.dtype().name(), t.shape()]))).collect();
+            Ok(to_json(&serde_json::json!({
+                "kind": module.kind_name(), "rank": module.rank(), "scale": module.scale,
+                "alpha_source": module.alpha_source.name(), "shape": ops::shape(&module), "slots": slots,
+            })))
+        })
+    }
+
+    /// Computes the delta of a module, times `strength`, into a float32 or float64 buffer of its shape.
+    fn delta_into(&self, py: Python<'_>, name: &str, strength: f64, buffer: Buffer) -> PyResult<()> {
+        enter(py, None, |control| {
+            let (_, placed) = self.find(name)?;
+            source::delta_into(&placed.module, strength, &buffer, control)
+        })
+    }
+
+    /// Decides a conversion; nothing is computed yet.
+    fn plan(&self, py: Python<'_>, options: &str) -> PyResult<Plan> {
+        let options = self::options(options);
+        enter(py, None, |_| {
+            let (adapter, options) = (self.sound()?, options?);
+            let inner = convert::plan(adapter, &options, false)?;
+            let dialect = &adapter.registry.dialects[adapter.registry.dialect(&options.to)?].name;
+            let bytes = Layout::new(&inner.outputs, &inner.metadata).len();
+            let report = convert::report(adapter, &inner, dialect, bytes);
+            Ok(Plan { inner, report: Some(to_json(&report)) })
+        })
+    }
+
+    /// Converts into a file and returns the report as JSON. `progress(done, total)` is called now and then.
+    #[pyo3(signature = (path, options, overwrite, progress=None))]
+    fn convert(&self, py: Python<'_>, path: PathBuf, options: &str, overwrite: bool, progress: Option<Py<PyAny>>) -> PyResult<String> {
+        let options = self::options(options);
+        enter(py, progress.as_ref(), |control| {
+            let target = Target::File(&path, WriteOptions { overwrite });
+            convert::convert(self.sound()?, &options?, target, control).map(|report| to_json(&report))
+        })
+    }
+}
+
+/// Tensors that are decided but not computed.
+#[pyclass(frozen, module = "lorafmt._lorafmt")]
+struct Plan {
+    inner: CorePlan,
+    report: Option<String>,
+}
+
+#[pymethods]
+impl Plan {
+    /// The tensors of a source under their own keys, unread and unchanged.
+    #[staticmethod]
+    fn raw(py: Python<'_>, source: SourceArgument<'_>) -> PyResult<Self> {
+        let source = source.prepare()?;
+        enter(py, None, |_| {
+            let source = Arc::new(source.open()?);
+            let output = |i: usize| Output { key: source.tensors()[i].name.clone(), tensor: Tensor::input(&source, i) };
+            let outputs = (0..source.tensors().len()).map(output).collect();
+            let inner = CorePlan::of_outputs(outputs, source.metadata().to_vec());
+            Ok(Self { inner, report: None })
+        })
+    }
+
+    /// Key, element type and shape of every tensor.
+    fn tensors(&self) -> Vec<(String, &'static str, Vec<usize>)> {
+        self.inner.outputs.iter().map(|o| (o.key.clone(), o.tensor.dtype().name(), o.tensor.shape().to_vec())).collect()
+    }
+
+    /// The metadata of the file to be.
+    fn metadata(&self) -> Vec<(String, String)> {
+        self.inner.metadata.clone()
+    }
+
+    /// The report as JSON, if this is a conversion.
+    fn report(&self) -> Option<String> {
+        self.report.clone()
+    }
+
+    /// Computes every tensor into the buffer at its position.
+    fn fill(&self, py: Python<'_>, buffers: Vec<Buffer>) -> PyResult<()> {
+        enter(py, None, |control| fill(&self.inner, &buffers, control))
+    }
+
+    /// Writes a file of these tensors and this metadata.
+    fn write(&self, py: Python<'_>, path: PathBuf, metadata: Vec<(String, String)>, overwrite: bool) -> PyResult<()> {
+        enter(py, None, |control| {
+            let layout = Layout::new(&self.inner.outputs, &metadata);
+            write_file(&path, &layout, WriteOptions { overwrite }, control).map(drop)
+        })
+    }
+}
+
+/// Checks structure, pairs, shapes, names and values; JSON.
+#[pyfunction]
+#[pyo3(signature = (source, options="{}"))]
+fn check(py: Python<'_>, source: SourceArgument<'_>, options: &str) -> PyResult<String> {
+    let source = source.prepare()?;
+    let options = self::options(options);
+    enter(py, None, |_| {
+        let (registry, options) = (registry(), options?);
+        let given = convert::given(&registry, options.family.as_deref(), options.from.as_deref())?;
+        core_check(&registry, &Arc::new(source.open()?), given).map(|report| to_json(&report))
+    })
+}
+
+/// Compares two adapters by their deltas; JSON.
+#[pyfunction]
+fn diff(py: Python<'_>, a: &Adapter, b: &Adapter, tolerance: f64) -> PyResult<String> {
+    enter(py, None, |_| ops::diff(a.sound()?, b.sound()?, tolerance).map(|report| to_json(&report)))
+}
+
+/// Names of dialects (with whether each is written) and of families.
+#[pyfunction]
+fn formats() -> (Vec<(String, bool)>, Vec<String>) {
+    let registry = registry();
+    let dialects = registry.dialects.iter().map(|d| (d.name.clone(), d.write)).collect();
+    (dialects, registry.families.iter().map(|f| f.name.clone()).collect())
+}
+
+/// Runs the command line and returns the exit code.
+#[pyfunction]
+fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
+    py.detach(|| lorafmt::run(args) as u8)
+}
+
+/// The native part of lorafmt.
+#[pymodule(gil_used = false)]
+fn _lorafmt(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add("ERROR_CODES", Code::ALL.iter().map(|c| c.as_str()).collect::<Vec<_>>())?;
+    m.add_class::<Adapter>()?;
+    m.add_class::<Plan>()?;
+    m.add_function(wrap_pyfunction!(register_table, m)?)?;
+    m.add_function(wrap_pyfunction!(check, m)?)?;
+    m.add_function(wrap_pyfunction!(diff, m)?)?;
+    m.add_function(wrap_pyfunction!(formats, m)?)?;
+    m.add_function(wrap_pyfunction!(run, m)?)?;
+    Ok(())
+}

@@ -1,0 +1,123 @@
+"""What users pass as an adapter, in the form the native module takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from . import _lorafmt
+from .exceptions import UsageError
+
+NativeTensor = tuple[str, str, list[int], tuple[int, int, object]]
+NativeSource = str | bytes | tuple[list[NativeTensor], list[tuple[str, str]]]
+
+#: numpy's name of an element type -> safetensors' name. bfloat16 and FP8 come from the ml_dtypes package.
+NUMPY_TO_SAFETENSORS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+def native_source(src: Any) -> NativeSource:
+    """A path, the bytes of a file, or a dict of torch or numpy tensors, without copying contiguous host tensors."""
+    if isinstance(src, bytes):
+        return src
+    if isinstance(src, bytearray | memoryview):
+        return bytes(src)
+    if isinstance(src, str | os.PathLike):
+        path = os.fspath(src)
+        if isinstance(path, str):
+            return path
+    if isinstance(src, Mapping):
+        return [_native_tensor(key, value) for key, value in src.items()], []
+    raise _usage(f"cannot read an adapter from {type(src).__name__}", "pass a path, bytes, or a dict of tensors")
+
+
+def _usage(message: str, hint: str) -> UsageError:
+    error = UsageError(message)
+    error.code, error.hint = "invalid-argument", hint
+    return error
+
+
+def _native_tensor(key: Any, value: Any) -> NativeTensor:
+    if not isinstance(key, str):
+        raise _usage(f"keys are strings, not {type(key).__name__}", "pass a state dict")
+    if type(value).__module__.partition(".")[0] == "torch":
+        value = value.detach().cpu().contiguous()
+        dtype = _torch_name(value.dtype)
+        return key, dtype, list(value.shape), (value.data_ptr(), value.numel() * value.element_size(), value)
+    if hasattr(value, "__array_interface__"):
+        import numpy
+
+        value = numpy.ascontiguousarray(value).reshape(numpy.shape(value))
+        dtype = NUMPY_TO_SAFETENSORS.get(value.dtype.name)
+        if dtype is None or not value.dtype.isnative:
+            raise _usage(f"`{key}` has the dtype {value.dtype}", "use one that safetensors knows")
+        return key, dtype, list(value.shape), (value.__array_interface__["data"][0], value.nbytes, value)
+    raise _usage(f"`{key}` is {type(value).__name__}", "values are torch or numpy tensors")
+
+
+def _torch_name(dtype: Any) -> str:
+    name = str(dtype).removeprefix("torch.")
+    found = NUMPY_TO_SAFETENSORS.get(name)
+    if found is None:
+        raise _usage(f"torch.{name} cannot be stored", "use an element type that safetensors knows")
+    return found
+
+
+def framework_of(src: Any) -> str | None:
+    """``torch`` or ``numpy`` if the source is a dict of such tensors, else None."""
+    if not isinstance(src, Mapping) or not src:
+        return None
+    first = next(iter(src.values()))
+    return "torch" if type(first).__module__.partition(".")[0] == "torch" else "numpy"
+
+
+def fill_numpy(plan: _lorafmt.Plan) -> dict[str, Any]:
+    """Computes a plan into new numpy arrays. Without ml_dtypes, bfloat16 and FP8 come as uint16 and uint8 bits."""
+    import numpy
+
+    names = {v: k for k, v in NUMPY_TO_SAFETENSORS.items()}
+
+    def dtype_of(name: str) -> Any:
+        try:
+            return numpy.dtype(names[name])
+        except TypeError:
+            pass
+        try:
+            import ml_dtypes
+        except ImportError:
+            return numpy.dtype("uint16" if name == "BF16" else "uint8")
+        return numpy.dtype(getattr(ml_dtypes, names[name]))
+
+    arrays = {key: numpy.empty(shape, dtype_of(dtype)) for key, dtype, shape in plan.tensors()}
+    plan.fill([(a.__array_interface__["data"][0], a.nbytes, a) for a in arrays.values()])
+    return arrays
+
+
+def fill_torch(plan: _lorafmt.Plan, device: Any = "cpu") -> dict[str, Any]:
+    """Computes a plan into new torch tensors and moves them to ``device``."""
+    import torch
+
+    names = {v: k for k, v in NUMPY_TO_SAFETENSORS.items()}
+    tensors = {
+        key: torch.empty(shape, dtype=getattr(torch, names[dtype])) for key, dtype, shape in plan.tensors()
+    }
+    plan.fill([(t.data_ptr(), t.numel() * t.element_size(), t) for t in tensors.values()])
+    if str(device) == "cpu":
+        return tensors
+    return {key: tensor.to(device) for key, tensor in tensors.items()}

@@ -1,0 +1,174 @@
+"""The functions of the package: the same operations as the commands, with the same names and rules."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, overload
+
+from . import _lorafmt, reports
+from ._names import Dialect, Dtype, Family, Lossy, Unknown
+from ._sources import fill_torch, framework_of, native_source
+from .adapter import Adapter
+
+#: A path, the bytes of a file, a dict of torch or numpy tensors, or an adapter.
+Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Adapter"
+
+#: Called now and then with bytes written and bytes to write.
+Progress: TypeAlias = Callable[[int, int], object]
+
+
+def _native(src: Source, family: str | None, from_: str | None) -> _lorafmt.Adapter:
+    if isinstance(src, Adapter):
+        return src._native
+    return _lorafmt.Adapter.open(native_source(src), json.dumps({"family": family, "from": from_}))
+
+
+def open(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> Adapter:
+    """Opens an adapter without reading more than its header. Tensors are never copied until they are asked for.
+
+    Raises:
+        FormatError: for files that are damaged, of an unknown family, or hold half modules.
+        FileNotFoundError: if there is no such file.
+    """
+    native = _native(src, family, from_)
+    native.ensure_sound()
+    return Adapter(native, options={"from": from_, "family": family}, framework=framework_of(src))
+
+
+def inspect(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.AdapterInfo:
+    """What a file is: dialect, family, kind, ranks, who loads it. Reads the header and alphas only."""
+    return reports._info(_native(src, family, from_).inspect())
+
+
+def detect(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.Detection:
+    """The dialect and family of a file, and the share of its keys that they explain."""
+    return reports._detection(_native(src, family, from_).inspect())
+
+
+def check(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.CheckReport:
+    """Looks for everything that can be wrong: half pairs, shapes, unknown keys, NaN. Reads every tensor once."""
+    source = src.to_numpy() if isinstance(src, Adapter) else src
+    return reports._check(_lorafmt.check(native_source(source), json.dumps({"family": family, "from": from_})))
+
+
+def diff(a: Source, b: Source, *, tolerance: float = 1e-6, family: Family | None = None) -> reports.DiffReport:
+    """Compares what two adapters do, module by module: relative Frobenius error of the deltas, whatever the dialect."""
+    return reports._diff(_lorafmt.diff(_native(a, family, None), _native(b, family, None), tolerance))
+
+
+@overload
+def convert(
+    src: Source,
+    dst: None = None,
+    *,
+    to: Dialect = "diffusers",
+    from_: Dialect | None = None,
+    family: Family | None = None,
+    dtype: Dtype = "keep",
+    strength: float = 1.0,
+    unknown: Unknown = "error",
+    lossy: Lossy = "error",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Adapter: ...
+
+
+@overload
+def convert(
+    src: Source,
+    dst: str | os.PathLike[str],
+    *,
+    to: Dialect = "diffusers",
+    from_: Dialect | None = None,
+    family: Family | None = None,
+    dtype: Dtype = "keep",
+    strength: float = 1.0,
+    unknown: Unknown = "error",
+    lossy: Lossy = "error",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> reports.Report: ...
+
+
+def convert(
+    src: Source,
+    dst: str | os.PathLike[str] | None = None,
+    *,
+    to: Dialect = "diffusers",
+    from_: Dialect | None = None,
+    family: Family | None = None,
+    dtype: Dtype = "keep",
+    strength: float = 1.0,
+    unknown: Unknown = "error",
+    lossy: Lossy = "error",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> reports.Report | Adapter:
+    """Converts an adapter into another dialect.
+
+    Args:
+        src: a path, bytes, a dict of torch or numpy tensors, or an Adapter.
+        dst: the file to write (for ``to="peft"`` also a folder); without it the result is an Adapter in memory.
+        to: the dialect to write.
+        from_: the dialect that the input is said to be; recognised by its keys otherwise.
+        family: the base model's architecture, where keys alone do not tell.
+        dtype: ``keep``, ``bf16``, ``fp16`` or ``fp32``. FP8 factors become bfloat16 under ``keep``, exactly.
+        strength: a factor on every delta.
+        unknown: what to do with keys no table knows: ``error``, ``drop`` or ``keep``.
+        lossy: ``allow`` leaves out what the target cannot hold, and says so in the report.
+        overwrite: replace an existing output.
+        progress: called with bytes done and bytes to do.
+
+    Raises:
+        LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
+    """
+    options = {
+        "to": to,
+        "from": from_,
+        "family": family,
+        "dtype": dtype,
+        "strength": strength,
+        "unknown": unknown,
+        "lossy": lossy,
+    }
+    native = _native(src, family, from_)
+    if dst is not None:
+        return reports._report(native.convert(os.fspath(dst), json.dumps(options), overwrite, progress))
+    adapter = Adapter(native, options=options, framework=framework_of(src))
+    adapter._plan(None)  # what cannot be converted is an error now, not when tensors are asked for
+    return adapter
+
+
+def convert_state_dict(
+    state_dict: Mapping[str, Any],
+    *,
+    to: Dialect = "diffusers",
+    from_: Dialect | None = None,
+    family: Family | None = None,
+    dtype: Dtype = "keep",
+    strength: float = 1.0,
+    unknown: Unknown = "error",
+    lossy: Lossy = "error",
+) -> dict[str, Any]:
+    """Converts a dict of torch or numpy tensors into a new dict; tensors keep their framework and device."""
+    adapter = convert(
+        state_dict,
+        to=to,
+        from_=from_,
+        family=family,
+        dtype=dtype,
+        strength=strength,
+        unknown=unknown,
+        lossy=lossy,
+    )
+    if framework_of(state_dict) != "torch":
+        return adapter.to_numpy()
+    device = next(iter(state_dict.values())).device
+    return fill_torch(adapter._plan(None), device)
+
+
+def register_table(table: str) -> None:
+    """Adds a dialect or a family, given as TOML text, for the rest of the process; an equal name replaces."""
+    _lorafmt.register_table(table)
