@@ -1,9 +1,10 @@
-"""FLUX.1 and Chroma module names, written by hand and apart from lorafmt's tables, so that one can check the other.
+"""FLUX.1 and Chroma module names, written by hand and apart from lorafmt's tables: one checks the other.
 
-The original (BFL) transformer keeps q, k and v in one Linear, and in single blocks the MLP input as well; diffusers has
-one Linear each. A source module therefore stands for one or more `Target`s: a diffusers module and the rows of the
-source's output that it owns. Every name below is spelled with dots; trainers that join with underscores are found
-through `FLATTENED`, which is made from the same names, so that no underscore is ever guessed back.
+The original (BFL) transformer keeps q, k and v in one Linear, and in single blocks the MLP input as well;
+diffusers has one Linear each. A source module therefore stands for one or more `Target`s: a diffusers module
+and the rows of the source's output that it owns. Every name below is spelled with dots; trainers that join
+with underscores are found through `FLATTENED`, which is made from the same names, so that no underscore is
+ever guessed back.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ FLATTENED = {
 }
 FLATTENED_NORMS = _flatten(NORMS)
 
-# A flattened prefix is followed by a flattened path; some files double the underscore there, or add one at the end.
+# A flattened prefix is followed by a flattened path; some files double the underscore there, or end with one.
 FLAT_PREFIXES = (
     ("lora_unet_", "transformer"),
     ("lora_transformer_", "transformer"),
@@ -202,7 +203,7 @@ def _look_up(component: str, path: str) -> list[Target] | None:
 
 
 def resolve(path: str) -> tuple[list[Target], str] | None:
-    """What a module path (prefix included, slot removed) stands for, and the dotted path that a trainer's patterns see."""
+    """What a module path (prefix and all) stands for, and the dotted path that alpha patterns see."""
     dotted = path.removeprefix("base_model.model.")
     for prefix, component in DOTTED_PREFIXES:
         if dotted.startswith(prefix) and (targets := _look_up(component, dotted[len(prefix) :])):

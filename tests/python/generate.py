@@ -1,7 +1,8 @@
 """FLUX.1 LoRA files that are in nobody's collection: random modules, ranks, alphas, spellings and kinds.
 
-Everything follows from the seed. A spelling is a point in (prefix, module vocabulary, suffix); trainers mix these, so
-the generator does. Names come from the oracle's hand-written map; what a file means, from `oracle.reference`.
+Everything follows from the seed. A spelling is a point in (prefix, module vocabulary, suffix); trainers mix
+these, so the generator does. Names come from the oracle's hand-written map; what a file means, from
+`oracle.reference`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from flux_map import SHAPES, TEXT_ENCODERS, TRANSFORMER, Target
 from tensorfile import save
 
@@ -32,7 +34,7 @@ def _dotted(prefix: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How one tool names things. `vocabulary` picks module paths; a text encoder prefix is absent where none is known."""
+    """How one tool names things; it has no prefix for text encoders that it does not train."""
 
     vocabulary: str
     transformer: Callable[[str], str]
@@ -48,7 +50,9 @@ SPELLINGS = {
     "kohya": Spelling("bfl", _flat("lora_unet_"), KOHYA, _flat("lora_te1_"), _flat("lora_te3_"), alpha=True),
     "kohya double underscore": Spelling("bfl", _flat("lora_unet__"), KOHYA, alpha=True),
     "kohya trailing underscore": Spelling("diffusers", _flat("lora_unet_", "_"), KOHYA, alpha=True),
-    "kohya diffusers names": Spelling("diffusers", _flat("lora_unet_"), KOHYA, _flat("lora_te1_"), alpha=True),
+    "kohya diffusers names": Spelling(
+        "diffusers", _flat("lora_unet_"), KOHYA, _flat("lora_te1_"), alpha=True
+    ),
     "onetrainer": Spelling(
         "diffusers", _flat("lora_transformer_"), KOHYA, _flat("lora_te1_"), _flat("lora_te2_"), alpha=True
     ),
@@ -64,7 +68,12 @@ SPELLINGS = {
     "aitoolkit": Spelling("bfl", _dotted("diffusion_model."), PEFT, alpha=True),
     "merged model": Spelling("bfl", _dotted("model.diffusion_model."), KOHYA, alpha=True),
     "diffusers": Spelling(
-        "diffusers", _dotted("transformer."), PEFT, _dotted("text_encoder."), _dotted("text_encoder_2."), header_alpha=True
+        "diffusers",
+        _dotted("transformer."),
+        PEFT,
+        _dotted("text_encoder."),
+        _dotted("text_encoder_2."),
+        header_alpha=True,
     ),
     "diffusers with alpha": Spelling(
         "diffusers", _dotted("transformer."), PEFT, _dotted("text_encoder."), alpha=True
@@ -73,7 +82,9 @@ SPELLINGS = {
     "diffusers bare": Spelling("diffusers", _dotted(""), PEFT),
     "named adapter": Spelling("diffusers", _dotted("transformer."), NAMED),
     "peft": Spelling("diffusers", _dotted("base_model.model."), PEFT, config_file=True),
-    "peft transformer": Spelling("diffusers", _dotted("base_model.model.transformer."), PEFT, config_file=True),
+    "peft transformer": Spelling(
+        "diffusers", _dotted("base_model.model.transformer."), PEFT, config_file=True
+    ),
     "peft original names": Spelling("bfl", _dotted("base_model.model."), PEFT, config_file=True),
     "bfl": Spelling("bfl", _dotted(""), PEFT),
     "xlabs": Spelling("xlabs", _dotted(""), XLABS),
@@ -90,7 +101,9 @@ def _vocabulary(path: str, targets: list[Target]) -> str:
 
 def _paths(vocabulary: str) -> list[str]:
     """Module paths that a tool of this vocabulary writes."""
-    found = {path: _vocabulary(path, targets) for path, targets in TRANSFORMER.items() if "distilled" not in path}
+    found = {
+        path: _vocabulary(path, targets) for path, targets in TRANSFORMER.items() if "distilled" not in path
+    }
     if vocabulary == "numbered":  # single modules keep their original name, fused ones are numbered
         return [p for p, v in found.items() if v == "numbered" or (v == "bfl" and len(TRANSFORMER[p]) == 1)]
     return [path for path, kind in found.items() if kind == vocabulary]
@@ -104,7 +117,9 @@ def _size(targets: list[Target]) -> tuple[int, int]:
 class Builder:
     """One random file in the making."""
 
-    def __init__(self, seed: int, spelling: str, dtype: str = "F32", kind: str = "lora", text: bool = True) -> None:
+    def __init__(
+        self, seed: int, spelling: str, dtype: str = "F32", kind: str = "lora", text: bool = True
+    ) -> None:
         self.rng = np.random.default_rng([seed, sum(spelling.encode()), sum(kind.encode())])
         self.spelling, self.dtype, self.kind, self.text = SPELLINGS[spelling], dtype, kind, text
         self.tensors: dict[str, tuple[np.ndarray, str]] = {}
@@ -139,9 +154,13 @@ class Builder:
         if self.kind == "dora":
             values = np.abs(self._random(out, 1)) + np.float32(1)
             peft = self.spelling.suffixes == PEFT
-            self._put(name + (".lora_magnitude_vector" if peft else ".dora_scale"), values[:, 0] if peft else values)
+            self._put(
+                name + (".lora_magnitude_vector" if peft else ".dora_scale"), values[:, 0] if peft else values
+            )
         if self.kind == "bias":
-            self._put(name + (".lora_B.bias" if self.spelling.suffixes == PEFT else ".diff_b"), self._random(out))
+            self._put(
+                name + (".lora_B.bias" if self.spelling.suffixes == PEFT else ".diff_b"), self._random(out)
+            )
         self._put_alpha(name, rank)
         return rank
 
@@ -166,8 +185,11 @@ class Builder:
             for component, prefix in (("text_encoder", spelling.clip), ("text_encoder_2", spelling.t5)):
                 if prefix:
                     names = list(TEXT_ENCODERS[component])
-                    # diffusers cannot tell the format of a CLIP part without attention (`out_proj`, `q_proj`, ...).
-                    chosen_text = [names[0], *self.rng.choice(names[1:], int(self.rng.integers(1, 4)), replace=False)]
+                    # diffusers cannot tell the format of a CLIP part without attention.
+                    chosen_text = [
+                        names[0],
+                        *self.rng.choice(names[1:], int(self.rng.integers(1, 4)), replace=False),
+                    ]
                     for path in chosen_text:
                         out, in_ = SHAPES[f"{component}.{path}"]
                         self.ranks[str(path)] = self.add(prefix(str(path)), out, int(in_ or 0))

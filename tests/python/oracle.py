@@ -2,15 +2,15 @@
 
 lorafmt is held to this module: it shares no code and no table with it. Kinds, with W of shape [out, in]:
 
-* LoRA: dW = scale * up @ down, with scale = alpha / rank (alpha / sqrt(rank) under rsLoRA), rank = rows of down.
+* LoRA: dW = scale * up @ down; scale = alpha / rank (alpha / sqrt(rank) under rsLoRA), rank = rows of down.
 * LoHa: dW = scale * (w1_a @ w1_b) * (w2_a @ w2_b), elementwise; rank = rows of w1_b.
-* LoKr: dW = scale * kron(w1, w2); a factor may itself be a product. Without a decomposed factor the scale is 1, otherwise
-  alpha / rank with the rank of the decomposed one (w2 before w1).
+* LoKr: dW = scale * kron(w1, w2); a factor may itself be a product. Without a decomposed factor the scale is
+  1, otherwise alpha / rank with the rank of the decomposed one (w2 before w1).
 * full: dW = diff; bias deltas are `diff_b`, or `lora_B.bias` which PEFT multiplies with the LoRA's scale.
-* norms of control LoRAs replace the parameter; DoRA keeps a magnitude beside its LoRA (over rows or over columns).
+* norms of control LoRAs replace the parameter; DoRA keeps a magnitude, per row or per column, beside a LoRA.
 
-alpha comes from the module's own tensor, else from the header, else from adapter_config.json beside the file, else it
-is the rank.
+alpha comes from the module's own tensor, else from the header, else from adapter_config.json beside the file,
+else it is the rank.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHUNK_ROWS = 1024
 
 
-# ------------------------------------------------------------------------------------------------ deltas
+# -------------------------------------------------------------------------------- deltas
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LowRank:
     def shape(self) -> tuple[int, int]:
         return self.up.shape[0], self.down.shape[1]
 
-    def take(self, rows: np.ndarray) -> LowRank:
+    def take(self, rows: Rows) -> LowRank:
         return replace(self, up=self.up[rows])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -71,7 +71,7 @@ class Kron:
     def shape(self) -> tuple[int, int]:
         return self.index.size, self.w1.shape[1] * self.w2.shape[1]
 
-    def take(self, rows: np.ndarray) -> Kron:
+    def take(self, rows: Rows) -> Kron:
         return replace(self, index=self.index[rows])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -94,7 +94,7 @@ class Hadamard:
     def shape(self) -> tuple[int, int]:
         return self.a1.shape[0], self.b1.shape[1]
 
-    def take(self, rows: np.ndarray) -> Hadamard:
+    def take(self, rows: Rows) -> Hadamard:
         return replace(self, a1=self.a1[rows], a2=self.a2[rows])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -112,7 +112,7 @@ class Full:
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    def take(self, rows: np.ndarray) -> Full:
+    def take(self, rows: Rows) -> Full:
         return replace(self, values=self.values[rows])
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -120,6 +120,7 @@ class Full:
 
 
 Term = LowRank | Kron | Hadamard | Full
+Rows = np.ndarray | slice
 
 
 @dataclass
@@ -137,14 +138,15 @@ class Delta:
 
 
 Reference = dict[str, Delta]
-"""Module -> delta. `#bias`, `#set` (a replaced norm), `#magnitude` and `#magnitude_in` (DoRA) follow the module's name."""
+"""Module -> delta. What is no weight delta has a mark after the name: `#bias`, `#set` (a norm that is
+replaced), `#magnitude` and `#magnitude_in` (DoRA, per row or per column)."""
 
 
 def sum_rows(terms: list[Term], start: int, stop: int) -> np.ndarray:
-    return sum(term.rows(start, stop) for term in terms)
+    return np.sum([term.rows(start, stop) for term in terms], axis=0)
 
 
-# ------------------------------------------------------------------------------------------------ keys
+# -------------------------------------------------------------------------------- keys
 
 # Slot -> suffix. PEFT may put an adapter's name before `.weight`.
 _NAME = r"(?:\.(?P<adapter>[^.]+))?"
@@ -194,7 +196,7 @@ def split_key(key: str) -> tuple[str, str, str | None]:
     raise UnknownKey(key)
 
 
-# ------------------------------------------------------------------------------------------------ alpha
+# -------------------------------------------------------------------------------- alpha
 
 
 @dataclass
@@ -243,7 +245,7 @@ def _scale(alpha: float | None, side: Side | None, path: str, rank: int) -> floa
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# -------------------------------------------------------------------------------- reading
 
 
 def _f64(values: np.ndarray) -> np.ndarray:
@@ -271,8 +273,8 @@ def _terms(slots: dict[str, np.ndarray], side: Side | None, path: str) -> Iterat
         yield "", LowRank(down, up, scale)
     if "hada_w1_b" in slots:
         rank = slots["hada_w1_b"].shape[0]
-        factors = [_f64(slots[f"hada_{name}"]) for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
-        yield "", Hadamard(*factors, _scale(alpha, side, path, rank))
+        a1, b1, a2, b2 = (_f64(slots[f"hada_{name}"]) for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+        yield "", Hadamard(a1, b1, a2, b2, _scale(alpha, side, path, rank))
     if any(slot.startswith("lokr") for slot in slots):
         split = slots.get("lokr_w2_b", slots.get("lokr_w1_b"))
         kron_scale = 1.0 if split is None else _scale(alpha, side, path, split.shape[0])
@@ -291,7 +293,7 @@ def _terms(slots: dict[str, np.ndarray], side: Side | None, path: str) -> Iterat
         yield ("#magnitude_in" if by_column else "#magnitude"), Full(values.reshape(-1))
 
 
-def _rows(target: Target, out: int) -> np.ndarray | slice | None:
+def _rows(target: Target, out: int) -> Rows | None:
     if target.swap_halves:
         return np.roll(np.arange(out), out // 2)
     return None if target.stop is None else slice(target.start, target.stop)
@@ -305,7 +307,7 @@ def locate(path: str | Path) -> tuple[Path, Path]:
 
 
 def reference(path: str | Path) -> Reference:
-    """Every module's delta. Raises `UnknownKey` for a key that has no place, so that nothing is left out unseen."""
+    """Every module's delta. A key that has no place raises `UnknownKey`: nothing is left out unseen."""
     file, config = locate(path)
     tensors = TensorFile(file)
     config_side = _side(json.loads(config.read_text())) if config.exists() else None
@@ -347,12 +349,12 @@ def _check_shape(module: str, suffix: str, term: Term) -> None:
         assert term.shape == (out,), f"{module}{suffix}: {term.shape}"
 
 
-# ------------------------------------------------------------------------------------------------ comparing
+# -------------------------------------------------------------------------------- comparing
 
 
 @dataclass
 class Comparison:
-    """`errors`: relative Frobenius error of every module in both; `missing` and `extra` have a delta that is not zero."""
+    """Relative Frobenius errors of the modules in both; modules that only one side has, if not zero."""
 
     errors: dict[str, float]
     missing: list[str]
@@ -378,19 +380,22 @@ class Comparison:
         )
 
 
-def _low_rank_norm(terms: list[Term]) -> float:
-    """|sum of scale * up @ down|: with Q R factorizations of the stacked ups and downs, the norm of a small product."""
+def _low_rank_norm(terms: list[LowRank]) -> float:
+    """|sum of scale * up @ down|: the R factors of the stacked ups and downs have the same product norm."""
     up = np.concatenate([_f64(term.up) * term.scale for term in terms], axis=1)
     down = np.concatenate([_f64(term.down) for term in terms], axis=0)
-    return float(np.linalg.norm(np.linalg.qr(up, mode="r") @ np.linalg.qr(down.T, mode="r").T))
+    left: np.ndarray = np.linalg.qr(up, mode="r")  # type: ignore[assignment]
+    right: np.ndarray = np.linalg.qr(down.T, mode="r")  # type: ignore[assignment]
+    return float(np.linalg.norm(left @ right.T))
 
 
 def norm(terms: list[Term]) -> float:
     """Frobenius norm of a sum of terms."""
     if not terms:
         return 0.0
-    if all(isinstance(term, LowRank) for term in terms):
-        return _low_rank_norm(terms)
+    low_rank = [term for term in terms if isinstance(term, LowRank)]
+    if len(low_rank) == len(terms):
+        return _low_rank_norm(low_rank)
     out = terms[0].shape[0]
     squares = 0.0
     for start in range(0, out, CHUNK_ROWS):
@@ -435,7 +440,7 @@ def compare(expected: Reference, actual: Reference, tolerance: float = 1e-6) -> 
     return Comparison(errors, only_in(expected, actual), only_in(actual, expected), tolerance)
 
 
-# ------------------------------------------------------------------------------------------------ making files
+# -------------------------------------------------------------------------------- making files
 
 
 def fixture(name: str) -> dict[str, Any]:
@@ -443,7 +448,7 @@ def fixture(name: str) -> dict[str, Any]:
 
 
 def thin(listing: dict[str, Any], blocks: tuple[int, ...] = (0, 11, 18, 37)) -> dict[str, Any]:
-    """The listing with only these block (and text encoder layer) numbers: partial files are as valid as whole ones."""
+    """The listing with these block (and text encoder layer) numbers only, as a partial file has them."""
     number = re.compile(r"(?:blocks|layers|block)[._](\d+)")
     tensors = {
         key: shape
@@ -484,8 +489,10 @@ def make_file(
     seed: int = 0,
     shrink_rank: int | None = None,
 ) -> Path:
-    """Fill a fixture's shapes with seeded values. `shrink_rank` divides every rank (at least 1 stays; block-diagonal
-    modules keep one rank for each part)."""
+    """Fill a fixture's shapes with seeded values.
+
+    `shrink_rank` divides every rank; at least 1 stays, and in block-diagonal modules 1 for each part.
+    """
     listing = fixture(source) if isinstance(source, str) else source
     rng = np.random.default_rng([seed, sum(listing["name"].encode())])
     divisor = shrink_rank or 1

@@ -1,6 +1,6 @@
-"""A minimal safetensors reader and writer in numpy, so that tests can make and read every LoRA dtype without torch.
+"""A minimal safetensors reader and writer in numpy: tests make and read every LoRA dtype without torch.
 
-Values are handed out in the narrowest numpy type that holds them exactly: float32 for every 8-, 16- and 32-bit
+Values are handed out in the narrowest numpy type that holds them exactly: float32 for each 8-, 16- and 32-bit
 float, float64 for F64, integers as they are.
 """
 
@@ -45,7 +45,8 @@ PLAIN = {
 def fp8_values(dtype: str) -> np.ndarray:
     """The 256 values of an 8-bit float: sign, exponent, mantissa; subnormals at exponent 0.
 
-    E4M3 (the "fn" variant) has bias 7, no infinities, and one NaN pattern per sign; E5M2 has bias 15 and follows IEEE 754.
+    E4M3 (the "fn" variant) has bias 7, no infinities, and one NaN pattern per sign; E5M2 has bias 15, and
+    infinities as IEEE 754 has them.
     """
     exponent_bits, mantissa_bits, bias = (4, 3, 7) if dtype == "F8_E4M3" else (5, 2, 15)
     values = np.empty(256, np.float32)

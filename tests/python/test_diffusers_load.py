@@ -9,10 +9,11 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
-import lorafmt
 import numpy as np
-import oracle
 import pytest
+
+import lorafmt
+import oracle
 from checks import PLAIN
 from generate import random_file
 from test_fixtures import make
@@ -31,7 +32,7 @@ WHOLE = ("flux_kohya_all_linear",)
 
 
 def _hollow(build) -> torch.nn.Module:
-    """A model whose matrices are stride-0 zeros; vectors (norms, biases) are real, since loading may write them."""
+    """A model whose matrices are stride-0 zeros; vectors (norms, biases) are real, as loading sets some."""
     with torch.device("meta"):
         model = build()
     for name, parameter in list(model.named_parameters()):
@@ -40,7 +41,9 @@ def _hollow(build) -> torch.nn.Module:
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(zeros, requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(leaf, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False)
+        model.get_submodule(owner).register_buffer(
+            leaf, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False
+        )
     return model
 
 
@@ -60,12 +63,12 @@ def _clip() -> torch.nn.Module:
 class Pipeline(FluxLoraLoaderMixin):
     """The part of FluxPipeline that loads LoRAs."""
 
-    components: dict = {}
     hf_device_map = None
     lora_scale = 1.0
 
     def __init__(self, transformer: torch.nn.Module, text_encoder: torch.nn.Module | None) -> None:
         self.transformer, self.text_encoder = transformer, text_encoder
+        self.components: dict[str, torch.nn.Module] = {}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +92,9 @@ def _loaded(component: str, model: torch.nn.Module) -> oracle.Reference:
             continue
         ((adapter, scale),) = layer.scaling.items()
         assert layer.active_adapters == [adapter]
-        assert not any(parameter.is_meta for parameter in layer.parameters()), f"{name} was left without values"
+        assert not any(parameter.is_meta for parameter in layer.parameters()), (
+            f"{name} was left without values"
+        )
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         if component == "text_encoder":
             name = f"text_model.{name.removeprefix('text_model.')}"
@@ -123,7 +128,9 @@ def _load(path: Path, transformer: torch.nn.Module, caplog: pytest.LogCaptureFix
     return {**found, **(_loaded("text_encoder", pipeline.text_encoder) if has_clip else {})}
 
 
-def _assert_loads(source: Path, folder: Path, transformer: torch.nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+def _assert_loads(
+    source: Path, folder: Path, transformer: torch.nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
     target = folder / "out.safetensors"
     lorafmt.convert(source, target, to="diffusers")
     # diffusers has no place for T5.
@@ -137,7 +144,9 @@ def _assert_loads(source: Path, folder: Path, transformer: torch.nn.Module, capl
     assert comparison.errors.keys() == expected.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in PLAIN if name.startswith("flux") and name not in INPUT_WIDTH])
+@pytest.mark.parametrize(
+    "name", [name for name in PLAIN if name.startswith("flux") and name not in INPUT_WIDTH]
+)
 def test_fixture_loads(tmp_path: Path, name: str, flux: torch.nn.Module, caplog) -> None:
     _assert_loads(make(name, tmp_path / "in", whole=name in WHOLE), tmp_path, flux, caplog)
 
@@ -162,7 +171,7 @@ def test_random_file_loads(tmp_path: Path, spelling: str, kind: str, flux: torch
 
 
 def test_a_lone_bias_does_not_break_the_others(tmp_path: Path, flux: torch.nn.Module, caplog) -> None:
-    """One `diff_b` in a file: PEFT then wants a bias of every LoRA layer, and leaves absent ones without memory."""
+    """One `diff_b` makes PEFT give every layer a bias, and absent ones are left without memory."""
     rng = np.random.default_rng(0)
     tensors = {}
     for number in (1, 2):
@@ -180,7 +189,7 @@ def test_a_lone_bias_does_not_break_the_others(tmp_path: Path, flux: torch.nn.Mo
 
 @pytest.mark.parametrize("name", ["flux_kohya_all_linear", "flux_peft_base_model_attn", "flux_fal_kontext"])
 def test_peft_folder_loads_in_peft(tmp_path: Path, name: str, flux: torch.nn.Module) -> None:
-    """Patterns in adapter_config.json must not confuse the final `proj_out` with that of the single blocks."""
+    """adapter_config.json must not confuse the final `proj_out` with those of the single blocks."""
     from peft import PeftModel
 
     source = make(name, tmp_path / "in", whole=False)
@@ -192,7 +201,7 @@ def test_peft_folder_loads_in_peft(tmp_path: Path, name: str, flux: torch.nn.Mod
     assert comparison, str(comparison)
 
 
-# ------------------------------------------------------------------------------------------------ facts
+# -------------------------------------------------------------------------------- facts
 
 
 def _pair(path: str, width: int, suffixes: tuple[str, str] = (".lora_A.weight", ".lora_B.weight")) -> dict:
@@ -215,7 +224,7 @@ def test_diffusers_passes_over_text_encoder_2() -> None:
 
 
 def test_diffusers_drops_clip_beside_kohya_t5() -> None:
-    """And why not under its kohya name: one `.lora_down.weight` sends the whole file through the kohya converter."""
+    """And why not under its kohya name: one `.lora_down.weight` makes the whole file a kohya file."""
     name = "lora_te3_encoder_block_3_layer_0_SelfAttention_q"
     t5 = _pair(name, 4096, (".lora_down.weight", ".lora_up.weight"))
     state_dict = FluxLoraLoaderMixin.lora_state_dict({**PARTS, **t5})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import checks
 import lorafmt
 import oracle
-import pytest
 from checks import ALL, DETECT_ONLY, LOKR, PLAIN, WRITTEN, assert_equal, convert, must_hold, target_path
 from tensorfile import TensorFile
 
@@ -69,7 +70,7 @@ def test_to_diffusers(tmp_path: Path, name: str, dtype: str) -> None:
     written = TensorFile(target)
     assert {entry.dtype for entry in written.header.values()} == {dtype}
     assert [key for key in written if not checks.DIFFUSERS_KEY.fullmatch(key)] == []
-    # PEFT gives every LoRA of a component a bias as soon as one has it, and leaves absent ones without memory.
+    # PEFT gives every layer of a component a bias as soon as one has it; absent ones are left without memory.
     for component in ("transformer.", "text_encoder."):
         layers = {key.split(".lora_")[0] for key in written if key.startswith(component) and ".lora_" in key}
         biases = {key for key in written if key.startswith(component) and key.endswith(".lora_B.bias")}
@@ -96,8 +97,8 @@ def test_lokr_keeps_its_factors(tmp_path: Path, name: str, dialect: str, dtype: 
         convert(source, target, to=dialect)
     except lorafmt.LorafmtError as error:
         # Separate q, k and v have no common Kronecker factors, so a dialect that fuses them may refuse.
-        assert name == "flux_lycoris_lokr"
-        assert error.code == "unsupported-kind"
+        if name != "flux_lycoris_lokr" or error.code != "unsupported-kind":
+            raise
     else:
         assert_equal(oracle.reference(source), target, dtype)
 
@@ -113,8 +114,10 @@ def test_round_trip(tmp_path: Path, name: str, dialect: str) -> None:
         convert(source, middle, to=dialect)
         assert dialect != "xlabs" or len(held) == len(expected), "xlabs has no place for this"
     except lorafmt.LorafmtError as error:
-        assert len(held) < len(expected), error
-        assert error.code
+        if error.code == "unsupported-target" and (name, dialect) == ("chroma_kohya_guidance_layer", "xlabs"):
+            return  # XLabs never trained Chroma
+        if len(held) == len(expected):
+            raise
         assert not middle.exists()
         if not held:
             return

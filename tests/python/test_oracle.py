@@ -1,23 +1,25 @@
-"""The oracle itself: its names against the models, its algebra against plain formulas, its results against diffusers.
+"""The oracle itself: names against the models, algebra against plain formulas, results against diffusers.
 
-diffusers' own converters are a second opinion where they are right; where they lose or spoil modules, exactly those
-must differ. (Known losses of diffusers 0.42: top-level kohya modules, half of a mixed file, the final norm of control
-LoRAs, everything but attention of OneTrainer files.)
+diffusers' own converters are a second opinion where they are right; where they lose or spoil modules, exactly
+those must differ. (Known losses of diffusers 0.42: top-level kohya modules, half of a mixed file, the final
+norm of control LoRAs, everything but attention of OneTrainer files.)
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 from flux_map import FLUX_LINEARS, SHAPES, TRANSFORMER
 from tensorfile import TensorFile, encode, fp8_values, save
 
-# ------------------------------------------------------------------------------------------------ storage
+# -------------------------------------------------------------------------------- storage
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2"])
@@ -46,7 +48,7 @@ def test_storage_agrees_with_torch() -> None:
     assert encode(values.numpy(), "BF16") == values.bfloat16().view(torch.uint8).numpy().tobytes()
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------- names
 
 
 def _linears(model) -> dict[str, tuple[int, int]]:
@@ -104,11 +106,11 @@ def test_fused_modules_are_covered_once() -> None:
         if len(targets) > 1:
             edges = [(target.start, target.stop) for target in targets]
             assert edges[0][0] == 0, source
-            assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False)), source
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(edges)), source
             assert all(SHAPES[t.module][0] == t.stop - t.start for t in targets), source
 
 
-# ------------------------------------------------------------------------------------------------ algebra
+# -------------------------------------------------------------------------------- algebra
 
 
 def _random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -173,7 +175,7 @@ def test_loha(tmp_path: Path) -> None:
 
 def test_two_contributions_add(tmp_path: Path) -> None:
     names = ("transformer.transformer_blocks.0.attn.to_out.0", "lora_unet_double_blocks_0_img_attn_proj")
-    tensors, whole = {}, 0
+    tensors, whole = {}, np.zeros((3072, 3072))
     for seed, (name, alpha) in enumerate(zip(names, (1.0, 5.0), strict=True)):
         down, up = _random(2, 3072, seed=seed), _random(3072, 2, seed=seed)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": alpha}
@@ -240,7 +242,7 @@ def test_unknown_keys_are_not_passed_over(tmp_path: Path) -> None:
         _read(tmp_path, {"transformer.transformer_blocks.0.attn.to_q.surprise": _random(1)})
 
 
-# ------------------------------------------------------------------------------------------------ diffusers
+# -------------------------------------------------------------------------------- diffusers
 
 ATTENTION = (
     "attn.to_q",
@@ -318,7 +320,7 @@ def _as_diffusers_reads(state_dict: dict, alphas: dict | None) -> oracle.Referen
     """What diffusers takes from its own dictionary: keys of a component, alpha beside them, norms set."""
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 
-    # The kohya converter leaves text encoder keys in diffusers' oldest spelling; the loader then respells them.
+    # The kohya converter leaves text encoder keys in diffusers' oldest spelling; the loader respells them.
     text = {key: state_dict[key] for key in state_dict if key.startswith("text_encoder.")}
     text = convert_state_dict_to_peft(convert_state_dict_to_diffusers(text)) if text else {}
     result: oracle.Reference = {}
@@ -366,7 +368,7 @@ def test_diffusers_agrees_where_it_is_right(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["flux_kohya_diffusers_names", "flux_peft_base_model_attn"])
 def test_diffusers_refuses(tmp_path: Path, name: str) -> None:
-    """Only here so that the table above and this list together say something about every plain LoRA fixture."""
+    """With the table above this says something about every plain LoRA fixture of FLUX."""
     pytest.importorskip("diffusers")
     torch = pytest.importorskip("torch")
     from diffusers.loaders import FluxLoraLoaderMixin

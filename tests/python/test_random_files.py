@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lorafmt
 import numpy as np
-import oracle
 import pytest
+
+import lorafmt
+import oracle
 from checks import ONE_ROUNDING, WRITTEN, assert_equal, convert, must_hold, target_path
 from generate import SPELLINGS, random_file
 from tensorfile import TensorFile, save
@@ -38,8 +39,9 @@ def test_any_spelling_to_any_dialect(tmp_path: Path, spelling: str, dialect: str
     middle, target = target_path(tmp_path, dialect), tmp_path / "back.safetensors"
     try:
         convert(source, middle, to=dialect)
-    except lorafmt.LorafmtError as error:
-        assert not all(must_hold(dialect, module) for module in expected), error
+    except lorafmt.LorafmtError:
+        if all(must_hold(dialect, module) for module in expected):
+            raise
         return
     assert_equal(expected, middle, tolerance=1e-6)
     convert(middle, target)

@@ -102,13 +102,13 @@ impl AlphaConfig {
         Ok(Self { scopes })
     }
 
-    /// The scale of a module of `rank`, found under any of `paths` (without prefix), with or without an alpha tensor.
-    pub fn resolve(&self, component: &str, paths: &[&str], rank: usize, tensor: Option<f64>) -> Scale {
+    /// The scale of a module of `rank` that the file calls `path` (without prefix), with or without an alpha tensor.
+    pub fn resolve(&self, component: &str, path: &str, rank: usize, tensor: Option<f64>) -> Scale {
         let configured = self.scopes.iter().find_map(|scope| {
             if scope.component.as_deref().is_some_and(|c| c != component) {
                 return None;
             }
-            let pattern = scope.patterns.iter().find(|(p, _)| paths.iter().any(|path| p.matches(path)));
+            let pattern = scope.patterns.iter().find(|(p, _)| p.matches(path));
             let alpha = pattern.map(|(_, alpha)| *alpha).or(scope.alpha)?;
             let divisor = if scope.rslora { (rank as f64).sqrt() } else { rank as f64 };
             Some((alpha / divisor, scope.origin))
@@ -215,7 +215,7 @@ mod tests {
 
     fn resolve(metadata: &[(&str, &str)], config: Option<&str>, path: &str, rank: usize, tensor: Option<f64>) -> Scale {
         let config = config.map(|text| (Path::new("adapter_config.json"), text));
-        AlphaConfig::read(&source(metadata), config).expect("valid").resolve("transformer", &[path], rank, tensor)
+        AlphaConfig::read(&source(metadata), config).expect("valid").resolve("transformer", path, rank, tensor)
     }
 
     #[test]

@@ -123,7 +123,12 @@ pub fn report(adapter: &Adapter, plan: &Plan, dialect: &str, bytes: usize) -> Re
     Report {
         schema: 1,
         source: describe(adapter),
-        target: TargetReport { path: None, dialect: dialect.to_owned(), bytes: bytes as u64, tensors: plan.outputs.len() },
+        target: TargetReport {
+            path: None,
+            dialect: dialect.to_owned(),
+            bytes: bytes as u64,
+            tensors: plan.outputs.len(),
+        },
         tensors: plan.count(),
         modules: plan.modules,
         alpha: plan.alpha,

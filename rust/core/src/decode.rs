@@ -334,22 +334,22 @@ impl Decoder<'_> {
         // Without a decomposed factor there is no rank to divide by, and trainers store any number there.
         let Some(rank) = rank_of(&module.tensors) else { return Ok(()) };
         let tensor = index.map(|i| read_alpha(self.source, i)).transpose()?;
-        let paths: Vec<String> = match group.hit.part {
-            Some(part) => vec![row.canonical[part].render(&group.hit.variables)],
-            None => Vec::new(),
+        // PEFT's patterns are over the names that the file itself uses.
+        let own = match (group.hit.namespace, group.hit.part) {
+            (0, Some(part)) => Some(&row.canonical[part]),
+            (namespace, _) => row.names[namespace].as_ref(),
         };
-        let named = row.names[group.hit.namespace].as_ref().map(|t| t.render(&group.hit.variables));
-        let paths: Vec<&str> = paths.iter().chain(&named).map(String::as_str).collect();
+        let path = own.map_or_else(String::new, |t| t.render(&group.hit.variables));
         let component = &adapter.component(group.hit.component).name;
-        let scale = self.alphas.resolve(component, &paths, rank.max(1), tensor);
+        let scale = self.alphas.resolve(component, &path, rank.max(1), tensor);
         module.scale = scale.value;
         module.alpha_source = scale.source;
         if scale.conflict.is_some() {
-            self.conflicts.push(paths.first().map_or_else(String::new, |p| (*p).to_owned()));
+            self.conflicts.push(path.clone());
         }
         if scale.zero {
             module.alpha = None;
-            self.zeros.push(paths.first().map_or_else(String::new, |p| (*p).to_owned()));
+            self.zeros.push(path);
         }
         Ok(())
     }

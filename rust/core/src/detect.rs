@@ -223,7 +223,7 @@ fn choose_dialect(
 }
 
 /// Warnings about how the family was chosen.
-pub(crate) fn family_warning(registry: &Registry, detection: &Detection) -> Option<crate::report::Warning> {
+pub fn family_warning(registry: &Registry, detection: &Detection) -> Option<crate::report::Warning> {
     if detection.tie_break != Some("order") {
         return None;
     }

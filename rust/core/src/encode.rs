@@ -47,6 +47,8 @@ pub struct EncodeOptions {
 /// A module on its way into the dialect: named, fused and folded.
 struct Spelled<'a> {
     place: &'a Place,
+    /// Whose suffixes it gets: the target's own, or those that its table names for a carried component.
+    dialect: &'a Dialect,
     row: &'a Row,
     path: String,
     module: Module,
@@ -89,6 +91,12 @@ struct Encoder<'a> {
 }
 
 impl<'a> Encoder<'a> {
+    /// The dialect that lends its suffixes to a place.
+    fn speller(&self, place: &Place) -> &'a Dialect {
+        let named = place.spelled_as.as_ref();
+        named.and_then(|name| self.adapter.registry.dialects.iter().find(|d| d.name == *name)).unwrap_or(self.dialect)
+    }
+
     /// All modules of one component, spelled.
     fn component(&mut self, component: usize) -> Result<Vec<Spelled<'a>>> {
         let modules: Vec<(&ModuleKey, &Placed)> =
@@ -99,6 +107,7 @@ impl<'a> Encoder<'a> {
             }
             return Ok(Vec::new());
         };
+        let dialect = self.speller(place);
         let mut spelled = Vec::new();
         for (row, variables, members) in self.targets(place, modules)? {
             let Some(module) = self.join(place, row, &members)? else { continue };
@@ -106,11 +115,12 @@ impl<'a> Encoder<'a> {
                 (0, Some(part)) => row.canonical[part].render(&variables),
                 _ => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
             };
-            if let Some(reason) = self.unspellable(&module) {
+            let module = self.without_bias(dialect, members[0].0, module)?;
+            if let Some(reason) = self.unspellable(dialect, &module) {
                 self.lose(Code::UnsupportedKind, members[0].0, &module, &reason)?;
                 continue;
             }
-            spelled.push(self.fold(Spelled { place, row, path, module, configured: false }));
+            spelled.push(self.fold(Spelled { place, dialect, row, path, module, configured: false }));
         }
         self.make_uniform(&mut spelled)?;
         Ok(spelled)
@@ -200,9 +210,24 @@ impl<'a> Encoder<'a> {
         Module::fuse(&parts, &row.outputs)
     }
 
+    /// A bias that the dialect cannot hold is left out by itself, if losses are allowed: the layer does without it.
+    fn without_bias(&mut self, dialect: &Dialect, key: &ModuleKey, mut module: Module) -> Result<Module> {
+        let held = [Slot::DiffB, Slot::Bias].iter().any(|slot| dialect.spelling.contains_key(slot));
+        if held || module.kind == Kind::Bias {
+            return Ok(module);
+        }
+        if let Some(bias) = module.tensors.remove(&Slot::DiffB) {
+            let mut lost = Module::new(Kind::Bias, BTreeMap::new());
+            lost.inputs = bias.inputs();
+            self.lose(Code::UnsupportedKind, key, &lost, "has a bias, which it cannot hold")?;
+            module.inputs.retain(|input| !lost.inputs.contains(input));
+        }
+        Ok(module)
+    }
+
     /// Why the dialect cannot spell a module, if it cannot.
-    fn unspellable(&self, module: &Module) -> Option<String> {
-        let spells = |slot: Slot| self.dialect.spelling.contains_key(&slot);
+    fn unspellable(&self, dialect: &Dialect, module: &Module) -> Option<String> {
+        let spells = |slot: Slot| dialect.spelling.contains_key(&slot);
         module.tensors.keys().find_map(|&slot| match slot {
             Slot::DiffB if spells(Slot::DiffB) || spells(Slot::Bias) => None,
             slot if spells(slot) => None,
@@ -216,18 +241,18 @@ impl<'a> Encoder<'a> {
     }
 
     /// Puts the scale where the dialect keeps it.
-    fn fold(&mut self, mut spelled: Spelled<'a>) -> Spelled<'a> {
-        let module = &spelled.module;
-        let spells_alpha = self.dialect.spelling.contains_key(&Slot::Alpha);
-        let bias_scales = module.get(Slot::DiffB).is_some() && !self.dialect.spelling.contains_key(&Slot::DiffB);
+    fn fold(&self, mut spelled: Spelled<'a>) -> Spelled<'a> {
+        let (module, dialect) = (&spelled.module, spelled.dialect);
+        let spells_alpha = dialect.spelling.contains_key(&Slot::Alpha);
+        let bias_scales = module.get(Slot::DiffB).is_some() && !dialect.spelling.contains_key(&Slot::DiffB);
         let is_lora = module.kind == Kind::Lora;
-        let keep = match self.dialect.alpha {
+        let keep = match dialect.alpha {
             AlphaPolicy::Tensor => true,
             AlphaPolicy::Folded => !is_lora && spells_alpha,
             // PEFT multiplies a bias with the scale, so such a module is better off with scale 1.
             AlphaPolicy::Config => is_lora && self.options.sidecar && !bias_scales,
         };
-        spelled.configured = self.dialect.alpha == AlphaPolicy::Config && keep;
+        spelled.configured = dialect.alpha == AlphaPolicy::Config && keep;
         if !keep || module.rank().is_none() {
             let alpha = if spells_alpha { module.alpha.clone() } else { None };
             spelled.module = spelled.module.folded();
@@ -241,7 +266,7 @@ impl<'a> Encoder<'a> {
 
     /// Gives every module of a component a bias if one has one, and refuses magnitudes that only some have.
     fn make_uniform(&mut self, spelled: &mut Vec<Spelled<'a>>) -> Result<()> {
-        if !self.dialect.uniform {
+        if !spelled.iter().any(|s| s.dialect.uniform) {
             return Ok(());
         }
         let layers = |s: &&mut Spelled<'a>| matches!(s.module.kind, Kind::Lora | Kind::Bias);
@@ -400,22 +425,22 @@ impl<'a> Encoder<'a> {
         };
         let param = s.row.params[s.place.namespace].as_deref();
         let mut push = |slot: Slot, tensor: Tensor| {
-            let suffix = self.dialect.suffix(slot, param).expect("checked by unspellable");
+            let suffix = s.dialect.suffix(slot, param).expect("checked by unspellable");
             out.push(Output { key: format!("{base}{suffix}"), tensor });
         };
         for (&slot, tensor) in &s.module.tensors {
             let tensor = self.typed(tensor.clone());
             match slot {
-                Slot::DiffB if !self.dialect.spelling.contains_key(&Slot::DiffB) => push(Slot::Bias, tensor),
-                Slot::Magnitude if self.dialect.column_magnitude => {
+                Slot::DiffB if !s.dialect.spelling.contains_key(&Slot::DiffB) => push(Slot::Bias, tensor),
+                Slot::Magnitude if s.dialect.column_magnitude => {
                     let rows = tensor.rows();
                     push(slot, tensor.reshaped(vec![rows, 1]));
                 }
                 _ => push(slot, tensor),
             }
         }
-        if self.dialect.spelling.contains_key(&Slot::Alpha) {
-            let writes = self.dialect.alpha == AlphaPolicy::Tensor || s.module.kind != Kind::Lora;
+        if s.dialect.spelling.contains_key(&Slot::Alpha) {
+            let writes = s.dialect.alpha == AlphaPolicy::Tensor || s.module.kind != Kind::Lora;
             match (&s.module.alpha, s.module.rank()) {
                 (Some(alpha), _) if writes => push(
                     Slot::Alpha,
@@ -429,7 +454,7 @@ impl<'a> Encoder<'a> {
         }
         // Wider inputs than the base model has: ComfyUI pads the base weight to the shape given here.
         let wide = s.module.get(Slot::Down).filter(|d| s.row.inputs.first().is_some_and(|&base| d.cols() > base));
-        if let (Some(down), true) = (wide, self.dialect.spelling.contains_key(&Slot::Reshape)) {
+        if let (Some(down), true) = (wide, s.dialect.spelling.contains_key(&Slot::Reshape)) {
             let shape = [s.row.output() as i64, down.cols() as i64];
             let bytes: Vec<u8> = shape.iter().flat_map(|n| n.to_le_bytes()).collect();
             push(Slot::Reshape, Tensor::constant(Dtype::I64, vec![2], bytes));

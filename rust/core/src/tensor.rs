@@ -165,6 +165,21 @@ impl Tensor {
         !self.is_scaled() && self.pieces.iter().all(|p| p.dtype == self.dtype)
     }
 
+    /// Numbers of the input tensors it reads.
+    pub fn inputs(&self) -> Vec<usize> {
+        let mut inputs: Vec<usize> = self
+            .pieces
+            .iter()
+            .filter_map(|p| match p.origin {
+                Origin::Input(_, index) => Some(index),
+                Origin::Constant(_) => None,
+            })
+            .collect();
+        inputs.sort_unstable();
+        inputs.dedup();
+        inputs
+    }
+
     /// Whether any element is multiplied.
     pub fn is_scaled(&self) -> bool {
         self.pieces.iter().any(|p| p.scale != 1.0)

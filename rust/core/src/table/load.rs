@@ -65,6 +65,7 @@ pub(super) fn registry(extra: &[String]) -> Result<Registry> {
         dialects.into_iter().map(|(file, raw)| dialect(&file, raw, &compiled)).collect::<Result<_>>()?;
     dialects.sort_by(|a, b| a.order.cmp(&b.order).then_with(|| a.name.cmp(&b.name)));
     check_names(&dialects)?;
+    check_spelled_as(&dialects)?;
     let spellings: BTreeMap<String, Vec<String>> = parse("slots.toml", SLOTS)?;
     let suffixes = lookup::suffixes(&spellings, &dialects).map_err(|e| invalid("slots.toml", e))?;
     let paths = lookup::paths(&compiled)?;
@@ -78,6 +79,17 @@ fn check_names(dialects: &[Dialect]) -> Result<()> {
         for name in dialect.aliases.iter().chain([&dialect.name]) {
             if !seen.insert(name) {
                 return Err(invalid(&dialect.name, format!("the name `{name}` is taken")));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_spelled_as(dialects: &[Dialect]) -> Result<()> {
+    for dialect in dialects {
+        for name in dialect.places.iter().filter_map(|p| p.spelled_as.as_ref()) {
+            if !dialects.iter().any(|d| d.name == *name) {
+                return Err(invalid(&dialect.name, format!("no dialect is called `{name}`")));
             }
         }
     }
@@ -210,6 +222,7 @@ fn dialect(file: &str, raw: raw::Dialect, families: &[Family]) -> Result<Dialect
                 prefix: place.prefix.clone(),
                 also: place.also.clone(),
                 carried: place.carried,
+                spelled_as: place.spelled_as.clone(),
                 write: place.write,
             });
         }

@@ -139,6 +139,8 @@ pub struct Place {
     pub also: Vec<String>,
     /// Whether loaders of the dialect ignore the component: it is carried along and counted so.
     pub carried: bool,
+    /// The dialect whose suffixes and scale it has, where not its own (for carried components).
+    pub spelled_as: Option<String>,
     /// Whether it is written, or only read.
     pub write: bool,
 }

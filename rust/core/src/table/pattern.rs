@@ -152,6 +152,16 @@ impl Template {
         out
     }
 
+    /// The template as tables write it; `names` are those of the variables.
+    pub fn text(&self, names: &[String]) -> String {
+        let parts = self.segments.iter().map(|s| match s {
+            Segment::Text(text) => text.clone(),
+            Segment::Digits(Digits::Exactly(n)) => n.to_string(),
+            Segment::Digits(Digits::Variable { index, .. }) => format!("{{{}}}", names[*index]),
+        });
+        parts.collect()
+    }
+
     /// The bounds of the variables it uses, by variable number.
     pub fn bounds(&self) -> BTreeMap<usize, u32> {
         let bounds = self.segments.iter().filter_map(|s| match s {

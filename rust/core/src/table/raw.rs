@@ -126,6 +126,7 @@ pub(super) struct Place {
     pub also: Vec<String>,
     #[serde(default)]
     pub carried: bool,
+    pub spelled_as: Option<String>,
     #[serde(default = "yes")]
     pub write: bool,
 }
