@@ -1,0 +1,163 @@
+//! Properties of the tables, over every row of every family and dialect.
+
+use std::collections::BTreeSet;
+
+use lorafmt_core::kind::Slot;
+use lorafmt_core::table::{Component, Op, Place, Registry, Row};
+
+/// Every block number of a row.
+fn instances(row: &Row, count: usize) -> Vec<Vec<u32>> {
+    let mut all = vec![vec![0; count]];
+    for (variable, below) in row.canonical[0].bounds() {
+        all = all
+            .iter()
+            .flat_map(|v| {
+                (0..below).map(move |n| {
+                    let mut v = v.clone();
+                    v[variable] = n;
+                    v
+                })
+            })
+            .collect();
+    }
+    all
+}
+
+/// Names of all layers of a component in one namespace.
+fn layers(component: &Component, namespace: usize) -> BTreeSet<String> {
+    let rows = component.rows.iter().filter(|r| r.op != Op::Only);
+    let names = rows.flat_map(|row| {
+        instances(row, component.variables.len()).into_iter().flat_map(move |v| {
+            let templates: Vec<_> =
+                if namespace == 0 { row.canonical.iter().collect() } else { row.names[namespace].iter().collect() };
+            templates.into_iter().map(move |t| t.render(&v)).collect::<Vec<_>>()
+        })
+    });
+    names.collect()
+}
+
+#[test]
+fn flux_has_all_its_layers() {
+    // 504 Linear modules in FluxTransformer2DModel, 314 in the original code.
+    let registry = Registry::builtin();
+    let family = &registry.families[registry.family("flux1").expect("built in")];
+    let transformer = &family.components[family.component("transformer").expect("has one")];
+    assert_eq!(layers(transformer, 0).len(), 504);
+    assert_eq!(layers(transformer, transformer.namespace("bfl").expect("has one")).len(), 314);
+    assert_eq!(layers(transformer, transformer.namespace("xlabs").expect("has one")).len(), 19 * 4 + 38 * 2);
+    let clip = &family.components[family.component("text_encoder").expect("has one")];
+    assert_eq!(layers(clip, 0).iter().filter(|n| n.starts_with("text_model")).count(), 12 * 6);
+    let t5 = &family.components[family.component("text_encoder_2").expect("has one")];
+    assert_eq!(layers(t5, 0).len(), 24 * 7);
+}
+
+/// What a dialect writes for a layer must be read back as that layer, with every slot, whichever prefix is used.
+#[test]
+fn every_written_key_is_read_back() {
+    let registry = Registry::builtin();
+    let mut keys = 0;
+    for dialect in &registry.dialects {
+        for place in &dialect.places {
+            let component = &registry.families[place.family].components[place.component];
+            for (index, row) in component.rows.iter().enumerate() {
+                for variables in instances(row, component.variables.len()) {
+                    for name in names(row, place, &variables) {
+                        for prefix in place.also.iter().chain([&place.prefix]) {
+                            keys += check(&registry, dialect, place, component, index, prefix, &name);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(keys > 20_000, "only {keys} keys");
+}
+
+fn names(row: &Row, place: &Place, variables: &[u32]) -> Vec<String> {
+    match place.namespace {
+        0 => row.canonical.iter().map(|t| t.render(variables)).collect(),
+        n => row.names[n].iter().map(|t| t.render(variables)).collect(),
+    }
+}
+
+fn check(
+    registry: &Registry,
+    dialect: &lorafmt_core::table::Dialect,
+    place: &Place,
+    component: &Component,
+    row: usize,
+    prefix: &str,
+    name: &str,
+) -> usize {
+    let flat = prefix.ends_with('_');
+    let path = if flat { name.replace('.', "_") } else { name.to_owned() };
+    let only = component.rows[row].op == Op::Only;
+    let slots = dialect.spelling.keys().filter(|s| s.fits_only() == only || (**s == Slot::Diff || **s == Slot::DiffB));
+    let mut count = 0;
+    for &slot in slots.filter(|s| !(only && !s.fits_only()) && !(!only && **s == Slot::Set)) {
+        let suffix = dialect.suffix(slot, component.rows[row].params[place.namespace].as_deref()).expect("spelled");
+        let key = format!("{prefix}{path}{suffix}");
+        let read = registry.read(&key).unwrap_or_else(|| panic!("`{key}` is not read"));
+        let hit = read.hits.iter().find(|h| (h.family, h.component) == (place.family, place.component));
+        let hit = hit.unwrap_or_else(|| panic!("`{key}` is read as another component"));
+        let found = &component.rows[hit.row];
+        let wanted = &component.rows[row];
+        let same = found.canonical.iter().any(|t| wanted.canonical.contains(t));
+        assert!(same, "`{key}` is read as another row");
+        let slot_read = if slot == Slot::MagnitudeIn { Slot::Magnitude } else { slot };
+        assert_eq!(read.suffix.slot, slot_read, "`{key}`");
+        count += 1;
+    }
+    count
+}
+
+#[test]
+fn names_within_a_namespace_are_unique() {
+    let registry = Registry::builtin();
+    for family in &registry.families {
+        for component in &family.components {
+            for namespace in 0..component.namespaces.len() {
+                let rows: Vec<String> = component
+                    .rows
+                    .iter()
+                    .filter(|r| namespace > 0 || r.names.len() == 1 || r.names[1..].iter().any(Option::is_some))
+                    .flat_map(|row| {
+                        instances(row, component.variables.len()).into_iter().flat_map(move |v| {
+                            row.names[namespace].iter().map(move |t| t.render(&v)).collect::<Vec<_>>()
+                        })
+                    })
+                    .collect();
+                let unique: BTreeSet<&String> = rows.iter().collect();
+                assert_eq!(unique.len(), rows.len(), "{} {}", family.name, component.namespaces[namespace]);
+            }
+        }
+    }
+}
+
+#[test]
+fn broken_tables_are_refused() {
+    let dialect = |body: &str| format!("name = \"x\"\ntitle = \"X\"\nalpha = \"folded\"\n{body}");
+    let place =
+        "[[place]]\nfamilies = [\"flux1\"]\ncomponent = \"transformer\"\nnamespace = \"bfl\"\nprefix = \"p.\"\n";
+    let good = dialect(&format!("[spelling]\ndown = \".d\"\nup = \".u\"\n{place}"));
+    assert!(Registry::with_tables(&[good.clone()]).is_ok());
+    let cases = [
+        "not toml at all [".to_owned(),
+        dialect(&format!("colour = \"red\"\n[spelling]\n{place}")),
+        dialect(&format!("[spelling]\nside = \".d\"\n{place}")),
+        good.replace("flux1", "flux9"),
+        good.replace("transformer", "unet"),
+        good.replace("\"bfl\"", "\"ldm\""),
+        good.replace("name = \"x\"", "name = \"civitai\""),
+        format!(
+            "{good}\n[[extend]]\nfamilies = [\"flux1\"]\ncomponent = \"transformer\"\nnamespace = \"mine\"\nrows = [{{ diffusers = \"a.{{treble}}\", mine = \"b\", in = 1, out = 1 }}]\n"
+        ),
+        format!(
+            "{good}\n[[extend]]\nfamilies = [\"flux1\"]\ncomponent = \"transformer\"\nnamespace = \"mine\"\nrows = [{{ diffusers = \"x.{{a,b}}\", mine = \"y\", op = \"fuse\", in = 1, out = 1 }}]\n"
+        ),
+    ];
+    for table in cases {
+        let error = Registry::with_tables(&[table.clone()]).err().unwrap_or_else(|| panic!("accepted: {table}"));
+        assert_eq!(error.code().as_str(), "invalid-table", "{table}");
+    }
+}
