@@ -68,7 +68,8 @@ def assert_equal(
 def must_hold(dialect: str, module: str) -> bool:
     """Whether a dialect has a place for a plain LoRA file's part; where this is false it may refuse."""
     if dialect == "xlabs":
-        return bool(XLABS.fullmatch(module))
+        # Text encoders have no place in such a file and do no harm there: they are carried along.
+        return bool(XLABS.fullmatch(module)) or module.startswith("text_encoder")
     if module.startswith("text_encoder"):
         return dialect in ("diffusers", "kohya", "comfyui", "onetrainer")
     if "#" in module:

@@ -237,12 +237,12 @@ def _header_side(metadata: dict[str, str], component: str) -> Side | None:
 
 
 def _scale(alpha: float | None, side: Side | None, path: str, rank: int) -> float:
-    rslora = side is not None and side.rslora
-    if alpha is None and side is not None:
-        alpha = side.for_module(path)
-    if alpha is None:
+    if alpha is not None:
+        # An alpha tensor is always meant over the rank: LyCORIS stores alpha * sqrt(rank) for rsLoRA.
+        return alpha / rank
+    if side is None or (alpha := side.for_module(path)) is None:
         return 1.0
-    return alpha / (math.sqrt(rank) if rslora else rank)
+    return alpha / (math.sqrt(rank) if side.rslora else rank)
 
 
 # -------------------------------------------------------------------------------- reading

@@ -52,7 +52,7 @@ impl Dtype {
             Dtype::F64 => f64::EPSILON / 2.0,
             Dtype::F32 => f64::from(f32::EPSILON) / 2.0,
             Dtype::F16 => 2f64.powi(-11),
-            Dtype::BF16 => 2f64.powi(-8) / 2.0,
+            Dtype::BF16 => 2f64.powi(-8),
             Dtype::F8E4M3 => 2f64.powi(-4),
             Dtype::F8E5M2 => 2f64.powi(-3),
             _ => 0.0,

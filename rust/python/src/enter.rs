@@ -64,8 +64,12 @@ pub(crate) fn enter<T: Send>(
         }
         Ok(Err(error)) => Err(exception(py, &error)),
         Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-            Err(PyRuntimeError::new_err(format!("lorafmt panicked: {}; please report this", text.unwrap_or("no message"))))
+            let text =
+                panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+            Err(PyRuntimeError::new_err(format!(
+                "lorafmt panicked: {}; please report this",
+                text.unwrap_or("no message")
+            )))
         }
     }
 }

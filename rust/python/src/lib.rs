@@ -102,9 +102,12 @@ impl Adapter {
 
     fn find(&self, name: &str) -> Result<(&ModuleKey, &Placed)> {
         let adapter = self.sound()?;
-        let by_path = |full: bool| adapter.modules.iter().find(|(k, _)| if full { adapter.display(k) == name } else { k.path == name });
+        let by_path = |full: bool| {
+            adapter.modules.iter().find(|(k, _)| if full { adapter.display(k) == name } else { k.path == name })
+        };
         by_path(true).or_else(|| by_path(false)).ok_or_else(|| {
-            Error::new(Code::UnknownKey, format!("no module is called `{name}`")).hint("iterate over the adapter to see its modules")
+            Error::new(Code::UnknownKey, format!("no module is called `{name}`"))
+                .hint("iterate over the adapter to see its modules")
         })
     }
 }
@@ -149,8 +152,11 @@ impl Adapter {
         enter(py, None, |_| {
             let (_, placed) = self.find(name)?;
             let module = placed.module.tightened();
-            let slots: serde_json::Map<String, Value> =
-                module.tensors.iter().map(|(s, t)| (s.name().to_owned(), serde_json::json!([t.dtype().name(), t.shape()]))).collect();
+            let slots: serde_json::Map<String, Value> = module
+                .tensors
+                .iter()
+                .map(|(s, t)| (s.name().to_owned(), serde_json::json!([t.dtype().name(), t.shape()])))
+                .collect();
             Ok(to_json(&serde_json::json!({
                 "kind": module.kind_name(), "rank": module.rank(), "scale": module.scale,
                 "alpha_source": module.alpha_source.name(), "shape": ops::shape(&module), "slots": slots,
@@ -181,7 +187,14 @@ impl Adapter {
 
     /// Converts into a file and returns the report as JSON. `progress(done, total)` is called now and then.
     #[pyo3(signature = (path, options, overwrite, progress=None))]
-    fn convert(&self, py: Python<'_>, path: PathBuf, options: &str, overwrite: bool, progress: Option<Py<PyAny>>) -> PyResult<String> {
+    fn convert(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        options: &str,
+        overwrite: bool,
+        progress: Option<Py<PyAny>>,
+    ) -> PyResult<String> {
         let options = self::options(options);
         enter(py, progress.as_ref(), |control| {
             let target = Target::File(&path, WriteOptions { overwrite });
@@ -268,23 +281,27 @@ fn formats() -> (Vec<(String, bool)>, Vec<String>) {
     (dialects, registry.families.iter().map(|f| f.name.clone()).collect())
 }
 
+/// Every error code.
+#[pyfunction]
+fn error_codes() -> Vec<&'static str> {
+    Code::ALL.iter().map(|c| c.as_str()).collect()
+}
+
 /// Runs the command line and returns the exit code.
 #[pyfunction]
 fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
     py.detach(|| lorafmt::run(args) as u8)
 }
 
-/// The native part of lorafmt.
+/// The native part of lorafmt. Private: the package's own modules are the interface.
 #[pymodule(gil_used = false)]
-fn _lorafmt(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
-    m.add("ERROR_CODES", Code::ALL.iter().map(|c| c.as_str()).collect::<Vec<_>>())?;
-    m.add_class::<Adapter>()?;
-    m.add_class::<Plan>()?;
-    m.add_function(wrap_pyfunction!(register_table, m)?)?;
-    m.add_function(wrap_pyfunction!(check, m)?)?;
-    m.add_function(wrap_pyfunction!(diff, m)?)?;
-    m.add_function(wrap_pyfunction!(formats, m)?)?;
-    m.add_function(wrap_pyfunction!(run, m)?)?;
-    Ok(())
+mod _lorafmt {
+    use super::*;
+
+    #[pymodule_export]
+    use super::{Adapter, Plan, check, diff, error_codes, formats, register_table, run};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
 }

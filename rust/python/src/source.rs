@@ -87,8 +87,10 @@ impl Prepared {
             }
             Prepared::Tensors(tensors, metadata) => {
                 let entry = |(name, dtype, shape, buffer): (String, String, Vec<usize>, Buffer)| {
-                    let dtype = Dtype::from_name(&dtype)
-                        .ok_or_else(|| Error::new(Code::InvalidArgument, format!("`{name}` has the unknown dtype `{dtype}`")).key(&name))?;
+                    let dtype = Dtype::from_name(&dtype).ok_or_else(|| {
+                        Error::new(Code::InvalidArgument, format!("`{name}` has the unknown dtype `{dtype}`"))
+                            .key(&name)
+                    })?;
                     Ok((TensorInfo { name, dtype, shape, range: 0..0 }, Box::new(buffer) as Bytes))
                 };
                 let tensors = tensors.into_iter().map(entry).collect::<Result<Vec<_>>>()?;
@@ -106,7 +108,10 @@ pub(crate) fn fill(plan: &Plan, buffers: &[Buffer], control: &Control) -> Result
     plan.outputs.par_iter().zip(buffers).try_for_each(|(output, buffer)| {
         control.check()?;
         if buffer.1 != output.tensor.nbytes() {
-            return Err(Error::new(Code::InvalidArgument, format!("the buffer of `{}` has the wrong size", output.key)));
+            return Err(Error::new(
+                Code::InvalidArgument,
+                format!("the buffer of `{}` has the wrong size", output.key),
+            ));
         }
         output.tensor.read(0..output.tensor.rows(), buffer.as_mut());
         Ok(())
