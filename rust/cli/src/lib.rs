@@ -1,4 +1,17 @@
 //! The command line of lorafmt.
+//!
+//! [`run`] is the whole program: the binary and Python's `python -m lorafmt` both call it. Arguments are described in
+//! `args`, each command does its work in `commands`, and only `output` prints.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod commands;
+mod interrupt;
+mod output;
+mod pool;
+mod sources;
+mod targets;
 
 use std::ffi::OsString;
 
@@ -19,6 +32,15 @@ pub enum ExitStatus {
 }
 
 /// Runs one command line (including the program's name).
-pub fn run(_args: impl IntoIterator<Item = OsString>) -> ExitStatus {
-    ExitStatus::Success
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitStatus {
+    let args: Vec<OsString> = args.into_iter().collect();
+    match args::parse(&args) {
+        Ok(cli) => commands::dispatch(cli),
+        Err(error) => output::usage(&error, args::wants_json(&args)),
+    }
+}
+
+/// The command line as clap describes it, for generators of documentation and completions.
+pub fn command() -> clap::Command {
+    args::command()
 }

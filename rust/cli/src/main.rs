@@ -1,5 +1,6 @@
 //! The `lorafmt` binary.
 
 fn main() -> std::process::ExitCode {
-    std::process::ExitCode::from(lorafmt::run(std::env::args_os()) as u8)
+    // On Windows the shell leaves globs to the program.
+    std::process::ExitCode::from(lorafmt::run(wild::args_os()) as u8)
 }

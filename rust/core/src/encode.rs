@@ -103,7 +103,7 @@ impl<'a> Encoder<'a> {
             self.adapter.modules.iter().filter(|(key, _)| key.component == component).collect();
         let Some(place) = self.dialect.place(self.adapter.family, component) else {
             for (key, placed) in modules {
-                self.lose(Code::UnsupportedModule, key, &placed.module, "has no place in it")?;
+                self.lose(Code::UnsupportedModule, key, &placed.module, "has no place there")?;
             }
             return Ok(Vec::new());
         };
@@ -138,7 +138,7 @@ impl<'a> Encoder<'a> {
         for (key, placed) in modules {
             let row = self.target_row(place, key, &placed.address);
             let Some(row) = row else {
-                self.lose(Code::UnsupportedModule, key, &placed.module, "has no name in it")?;
+                self.lose(Code::UnsupportedModule, key, &placed.module, "has no name there")?;
                 continue;
             };
             // In the canonical namespace every part stands by itself.

@@ -6,7 +6,7 @@
 /// Through the triangular factors of a Householder QR of both (Golub and Van Loan, Matrix Computations, 5.2): costs
 /// (m + n) R^2 and loses nothing to cancellation, unlike the trace of Gram matrices.
 pub fn low_rank_norm(m: usize, n: usize, b: &[f64], a: &[f64]) -> f64 {
-    let rank = if m == 0 { 0 } else { b.len() / m };
+    let rank = b.len().checked_div(m).unwrap_or(0);
     if rank == 0 || n == 0 {
         return 0.0;
     }

@@ -316,7 +316,7 @@ impl Tensor {
     /// The two halves of the rows exchanged; an odd number of rows has no halves.
     pub fn swap_halves(&self) -> Option<Self> {
         let rows = self.rows();
-        if rows % 2 != 0 {
+        if !rows.is_multiple_of(2) {
             return None;
         }
         let mut out = Self::stack_rows(&[self.slice_rows(rows / 2..rows), self.slice_rows(0..rows / 2)]);

@@ -92,9 +92,9 @@ fn check(
     let flat = prefix.ends_with('_');
     let path = if flat { name.replace('.', "_") } else { name.to_owned() };
     let only = component.rows[row].op == Op::Only;
-    let slots = dialect.spelling.keys().filter(|s| s.fits_only() == only || (**s == Slot::Diff || **s == Slot::DiffB));
+    let fits = |slot: &&Slot| if only { slot.fits_only() } else { **slot != Slot::Set };
     let mut count = 0;
-    for &slot in slots.filter(|s| !(only && !s.fits_only()) && !(!only && **s == Slot::Set)) {
+    for &slot in dialect.spelling.keys().filter(fits) {
         let suffix = dialect.suffix(slot, component.rows[row].params[place.namespace].as_deref()).expect("spelled");
         let key = format!("{prefix}{path}{suffix}");
         let read = registry.read(&key).unwrap_or_else(|| panic!("`{key}` is not read"));
@@ -140,7 +140,7 @@ fn broken_tables_are_refused() {
     let place =
         "[[place]]\nfamilies = [\"flux1\"]\ncomponent = \"transformer\"\nnamespace = \"bfl\"\nprefix = \"p.\"\n";
     let good = dialect(&format!("[spelling]\ndown = \".d\"\nup = \".u\"\n{place}"));
-    assert!(Registry::with_tables(&[good.clone()]).is_ok());
+    assert!(Registry::with_tables(std::slice::from_ref(&good)).is_ok());
     let cases = [
         "not toml at all [".to_owned(),
         dialect(&format!("colour = \"red\"\n[spelling]\n{place}")),
@@ -157,7 +157,8 @@ fn broken_tables_are_refused() {
         ),
     ];
     for table in cases {
-        let error = Registry::with_tables(&[table.clone()]).err().unwrap_or_else(|| panic!("accepted: {table}"));
+        let error =
+            Registry::with_tables(std::slice::from_ref(&table)).err().unwrap_or_else(|| panic!("accepted: {table}"));
         assert_eq!(error.code().as_str(), "invalid-table", "{table}");
     }
 }

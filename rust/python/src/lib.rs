@@ -296,7 +296,6 @@ fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
 /// The native part of lorafmt. Private: the package's own modules are the interface.
 #[pymodule(gil_used = false)]
 mod _lorafmt {
-    use super::*;
 
     #[pymodule_export]
     use super::{Adapter, Plan, check, diff, error_codes, formats, register_table, run};

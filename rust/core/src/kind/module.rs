@@ -138,7 +138,7 @@ impl Module {
     /// Which rows of the outer Kronecker factor make the output rows `range`.
     fn kron_rows(&self, range: &Range<usize>) -> Result<Range<usize>, Refusal> {
         let inner = self.get(Slot::LokrW2).or_else(|| self.get(Slot::LokrW2A)).map_or(1, Tensor::rows).max(1);
-        if range.start % inner != 0 || range.end % inner != 0 {
+        if !range.start.is_multiple_of(inner) || !range.end.is_multiple_of(inner) {
             return refuse("is LoKr and its Kronecker factors do not divide at the parts");
         }
         Ok(range.start / inner..range.end / inner)
@@ -428,7 +428,7 @@ fn block_columns(up: &Tensor, parts: &[usize], index: usize) -> Option<Range<usi
         .collect();
     let rows = |j: usize| starts[j]..starts[j] + parts[j];
     let n = parts.len();
-    if n > 1 && rank % n == 0 {
+    if n > 1 && rank.is_multiple_of(n) {
         let width = rank / n;
         let zero_outside = |j: usize| up.is_zero(rows(j), 0..j * width) && up.is_zero(rows(j), (j + 1) * width..rank);
         if (0..n).all(zero_outside) {

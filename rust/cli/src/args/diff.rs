@@ -1,0 +1,31 @@
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Reading;
+
+const EXAMPLES: &str = "\
+Examples:
+  lorafmt diff style.safetensors style.diffusers.safetensors
+  lorafmt diff a.safetensors b.safetensors --tolerance 1e-2
+  lorafmt diff a.safetensors b.safetensors --json | jq .max_relative_error";
+
+/// Compare two adapters by their effect, module by module
+///
+/// Dialect, order, scale and rank do not matter, only what the adapters add to each weight. Exits with 1 if any module
+/// differs by more than the tolerance (relative Frobenius norm).
+#[derive(Debug, Clone, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct DiffArgs {
+    /// The first adapter
+    #[arg(value_name = "A", value_hint = clap::ValueHint::FilePath)]
+    pub(crate) a: PathBuf,
+    /// The second adapter
+    #[arg(value_name = "B", value_hint = clap::ValueHint::FilePath)]
+    pub(crate) b: PathBuf,
+    /// The largest relative difference that counts as equal
+    #[arg(long, default_value_t = 1e-6, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) tolerance: f64,
+    #[command(flatten)]
+    pub(crate) reading: Reading,
+}

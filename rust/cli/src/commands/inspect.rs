@@ -1,0 +1,21 @@
+use std::sync::Arc;
+
+use lorafmt_core::decode::decode_lenient;
+use lorafmt_core::{Result, inspect};
+
+use super::Context;
+use crate::ExitStatus;
+use crate::args::InspectArgs;
+use crate::output::View;
+use crate::sources;
+
+pub(super) fn run(args: &InspectArgs, context: &mut Context) -> Result<ExitStatus> {
+    let registry = context.registry()?;
+    let given = context.given(&registry, &args.reading)?;
+    let found = sources::find(&args.inputs, None)?;
+    let view = View { meta: args.meta, ..context.out.view };
+    Ok(context.answer_all(&found, view, |_, input, _| {
+        let (adapter, problems) = decode_lenient(&registry, &Arc::new(input.open()?), given)?;
+        Ok(inspect::inspect(&adapter, &problems))
+    }))
+}

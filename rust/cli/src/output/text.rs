@@ -1,0 +1,115 @@
+//! Pieces of text.
+
+use std::borrow::Cow;
+use std::fmt::Display;
+use std::path::Path;
+
+use anstyle::{AnsiColor, Style};
+
+pub(super) const BOLD: Style = Style::new().bold();
+pub(super) const DIM: Style = Style::new().dimmed();
+pub(super) const RED: Style = AnsiColor::Red.on_default().bold();
+pub(super) const YELLOW: Style = AnsiColor::Yellow.on_default().bold();
+pub(super) const GREEN: Style = AnsiColor::Green.on_default();
+pub(super) const CYAN: Style = AnsiColor::Cyan.on_default();
+
+pub(super) fn paint(style: Style, text: impl Display) -> String {
+    format!("{style}{text}{style:#}")
+}
+
+fn dangerous(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// Text from a file, safe on a terminal: no escape sequences, no line ends, nothing that turns the writing direction.
+pub(super) fn clean(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(dangerous) {
+        return Cow::Borrowed(text);
+    }
+    let escape = |c: char| if dangerous(c) { c.escape_default().to_string() } else { c.to_string() };
+    Cow::Owned(text.chars().map(escape).collect())
+}
+
+/// The same for text of several lines.
+pub(super) fn clean_lines(text: &str) -> String {
+    text.split('\n').map(clean).collect::<Vec<_>>().join("\n")
+}
+
+pub(super) fn path(path: &Path) -> String {
+    clean(&path.to_string_lossy()).into_owned()
+}
+
+/// A path as a word of a shell command.
+pub(super) fn quoted(path: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_./:@%+=,\\".contains(c);
+    if !path.is_empty() && path.chars().all(plain) {
+        path.to_owned()
+    } else {
+        format!("'{}'", path.replace('\'', r"'\''"))
+    }
+}
+
+/// Not more than `width` characters.
+pub(super) fn shortened(text: &str, width: usize) -> String {
+    match text.char_indices().nth(width) {
+        None => text.to_owned(),
+        Some(_) => text.chars().take(width - 1).chain(['…']).collect(),
+    }
+}
+
+pub(super) fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if n < 1024 {
+        return format!("{n} B");
+    }
+    let mut value = n as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 999.5 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(value < 9.95);
+    format!("{value:.digits$} {}", UNITS[unit])
+}
+
+/// A share as a percentage that says 100 only if it is all.
+pub(super) fn percent(share: f64) -> String {
+    let tenths = (share * 1000.0).floor() / 10.0;
+    if tenths.fract() == 0.0 { format!("{tenths:.0}%") } else { format!("{tenths:.1}%") }
+}
+
+pub(super) fn seconds(s: f64) -> String {
+    if s < 10.0 { format!("{s:.2} s") } else { format!("{s:.0} s") }
+}
+
+/// A relative error.
+pub(super) fn error(value: f64) -> String {
+    if value == 0.0 { "0".to_owned() } else { format!("{value:.1e}") }
+}
+
+pub(super) fn plural(n: usize, one: &str, many: &str) -> String {
+    format!("{n} {}", if n == 1 { one } else { many })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escapes_what_a_terminal_would_obey() {
+        assert_eq!(clean("a\u{1b}[31mb\n"), "a\\u{1b}[31mb\\n");
+        assert_eq!(clean("gr\u{fc}n"), "gr\u{fc}n");
+        assert_eq!(clean("\u{202e}txt"), "\\u{202e}txt");
+    }
+
+    #[test]
+    fn numbers_for_people() {
+        let sizes = [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 20, "1.0 MiB"), (171 << 20, "171 MiB")];
+        for (n, text) in sizes {
+            assert_eq!(bytes(n), text);
+        }
+        assert_eq!((percent(1.0), percent(0.9999), percent(0.5)), ("100%".into(), "99.9%".into(), "50%".into()));
+        assert_eq!(quoted("a b's"), r"'a b'\''s'");
+        assert_eq!((shortened("abcdef", 4), shortened("abcd", 4)), ("abc…".into(), "abcd".into()));
+    }
+}

@@ -1,0 +1,138 @@
+//! From the arguments to the files: paths, standard input, and what is inside folders.
+
+use std::ffi::OsString;
+use std::io::{ErrorKind, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+
+use lorafmt_core::io::Source;
+use lorafmt_core::{Code, Error, Result};
+
+use crate::args::Inputs;
+
+/// One input.
+#[derive(Debug, Clone)]
+pub(crate) struct Input {
+    /// As given, or as found in a folder.
+    pub(crate) path: PathBuf,
+    /// The folder it was found in, relative to the one that was given.
+    pub(crate) below: PathBuf,
+    /// Why it could not even be looked at.
+    problem: Option<ErrorKind>,
+}
+
+/// The inputs of a command.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) inputs: Vec<Input>,
+    /// Whether the answer is a list: several arguments, or a folder's content.
+    pub(crate) many: bool,
+}
+
+impl Input {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { path: path.to_path_buf(), below: PathBuf::new(), problem: None }
+    }
+
+    pub(crate) fn is_stdin(&self) -> bool {
+        self.path.as_os_str() == "-"
+    }
+
+    /// Opens the file; standard input is read to its end.
+    pub(crate) fn open(&self) -> Result<Source> {
+        if let Some(kind) = self.problem {
+            return Err(Error::io(&self.path, "read the folder", kind.into()));
+        }
+        if !self.is_stdin() {
+            return Source::open(&self.path);
+        }
+        let mut stdin = std::io::stdin().lock();
+        if stdin.is_terminal() {
+            return Err(Error::new(Code::InvalidArgument, "standard input is a terminal")
+                .at(&self.path)
+                .hint("pipe a file into lorafmt, or name one"));
+        }
+        let mut bytes = Vec::new();
+        stdin.read_to_end(&mut bytes).map_err(|e| Error::io(&self.path, "read the input", e))?;
+        Source::from_bytes(&self.path, Box::new(bytes))
+    }
+
+    /// The folder beside whose content an output goes, and the output's name without ending.
+    pub(crate) fn place(&self) -> (PathBuf, OsString) {
+        let name = |path: &Path| match path.is_dir() {
+            true => path.file_name().map(OsString::from),
+            false => path.file_stem().map(OsString::from),
+        };
+        match name(&self.path) {
+            Some(stem) => (self.path.parent().unwrap_or(Path::new("")).to_path_buf(), stem),
+            // `.` and `..` have a name only once they are resolved.
+            None => {
+                let whole = self.path.canonicalize().unwrap_or_else(|_| self.path.clone());
+                let stem = name(&whole).unwrap_or_else(|| "adapter".into());
+                (whole.parent().unwrap_or(Path::new("")).to_path_buf(), stem)
+            }
+        }
+    }
+}
+
+/// The files that the arguments stand for. Folders are walked in sorted order, without `skip` and hidden files.
+pub(crate) fn find(args: &Inputs, skip: Option<&Path>) -> Result<Found> {
+    if args.sources.iter().filter(|s| s.as_os_str() == "-").count() > 1 {
+        return Err(Error::new(Code::InvalidArgument, "standard input can be read only once"));
+    }
+    let mut inputs = Vec::new();
+    let mut many = args.sources.len() > 1;
+    for source in &args.sources {
+        if args.recursive && source.is_dir() {
+            many = true;
+            let found = walk(source, skip);
+            if found.is_empty() {
+                return Err(Error::new(Code::NotFound, "the folder holds no .safetensors file").at(source));
+            }
+            inputs.extend(found);
+        } else {
+            inputs.push(Input::new(source));
+        }
+    }
+    Ok(Found { inputs, many })
+}
+
+fn walk(root: &Path, skip: Option<&Path>) -> Vec<Input> {
+    let skip = skip.and_then(|s| s.canonicalize().ok()).filter(|s| root.canonicalize().is_ok_and(|r| r != *s));
+    let mut builder = ignore::WalkBuilder::new(root);
+    builder.standard_filters(false).hidden(true).follow_links(true).sort_by_file_name(Ord::cmp);
+    builder.filter_entry(move |entry| {
+        let skipped = |s: &PathBuf| entry.path().is_dir() && entry.path().canonicalize().is_ok_and(|p| p == *s);
+        !skip.as_ref().is_some_and(skipped)
+    });
+    let is_adapter = |path: &Path| path.extension().is_some_and(|e| e.eq_ignore_ascii_case("safetensors"));
+    let mut found = Vec::new();
+    for entry in builder.build() {
+        match entry {
+            Ok(entry) if is_adapter(entry.path()) && entry.file_type().is_some_and(|t| t.is_file()) => {
+                let path = entry.into_path();
+                let below = path.parent().and_then(|p| p.strip_prefix(root).ok()).unwrap_or(Path::new(""));
+                found.push(Input { below: below.to_path_buf(), path, problem: None });
+            }
+            Ok(_) => {}
+            Err(error) => found.extend(unreadable(&error, is_adapter)),
+        }
+    }
+    found
+}
+
+/// A folder that cannot be listed is an input that fails. Loops and dangling links of other files are none.
+fn unreadable(error: &ignore::Error, is_adapter: impl Fn(&Path) -> bool) -> Option<Input> {
+    let kind = error.io_error()?.kind();
+    let path = path_of(error)?;
+    let matters = kind != ErrorKind::NotFound || is_adapter(path);
+    matters.then(|| Input { path: path.to_path_buf(), below: PathBuf::new(), problem: Some(kind) })
+}
+
+fn path_of(error: &ignore::Error) -> Option<&Path> {
+    match error {
+        ignore::Error::WithPath { path, .. } => Some(path),
+        ignore::Error::WithDepth { err, .. } | ignore::Error::WithLineNumber { err, .. } => path_of(err),
+        ignore::Error::Loop { .. } => None,
+        _ => None,
+    }
+}

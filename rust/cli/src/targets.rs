@@ -1,0 +1,77 @@
+//! Where the results of a conversion go, decided for all sources before the first is read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use lorafmt_core::{Code, Error, Result};
+
+use crate::args::ConvertArgs;
+use crate::sources::{Found, Input};
+
+/// Where one result goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Goal {
+    File(PathBuf),
+    Stdout,
+}
+
+fn usage(message: impl Into<String>, hint: &str) -> Error {
+    Error::new(Code::InvalidArgument, message).hint(hint)
+}
+
+/// One goal for each input, all different and none of them an input.
+pub(crate) fn choose(args: &ConvertArgs, found: &Found, dialect: &str) -> Result<Vec<Goal>> {
+    let goals: Vec<Goal> = match &args.output {
+        Some(_) if found.inputs.len() > 1 => {
+            let hint = "use `--out-dir DIR` instead of `-o`";
+            return Err(usage(format!("one output for {} sources", found.inputs.len()), hint));
+        }
+        Some(path) => found.inputs.iter().map(|_| explicit(path)).collect::<Result<_>>()?,
+        None => found.inputs.iter().map(|i| by_name(i, args.out_dir.as_deref(), dialect)).collect::<Result<_>>()?,
+    };
+    if let Some(folder) = args.out_dir.as_deref().filter(|d| d.exists() && !d.is_dir()) {
+        return Err(usage("`--out-dir` names a file", "name a folder").at(folder));
+    }
+    refuse_collisions(&found.inputs, &goals)?;
+    Ok(goals)
+}
+
+pub(crate) fn explicit(path: &Path) -> Result<Goal> {
+    if path.as_os_str() == "-" {
+        return Ok(Goal::Stdout);
+    }
+    // Replacing a device or a pipe by a file is never what was meant.
+    if path.metadata().is_ok_and(|m| !m.is_file() && !m.is_dir()) {
+        let hint = "`-o -` writes to standard output, which can be redirected";
+        return Err(usage("the output is a device or a pipe", hint).at(path));
+    }
+    Ok(Goal::File(path.to_path_buf()))
+}
+
+fn by_name(input: &Input, out_dir: Option<&Path>, dialect: &str) -> Result<Goal> {
+    if input.is_stdin() {
+        return Err(usage("standard input has no name to make the output's from", "name the output with `-o`"));
+    }
+    let (beside, mut name) = input.place();
+    name.push(format!(".{dialect}.safetensors"));
+    let folder = out_dir.map_or(beside, |d| d.join(&input.below));
+    Ok(Goal::File(folder.join(name)))
+}
+
+fn refuse_collisions(inputs: &[Input], goals: &[Goal]) -> Result<()> {
+    let sources: BTreeSet<PathBuf> = inputs.iter().filter_map(|i| i.path.canonicalize().ok()).collect();
+    let mut taken: BTreeMap<PathBuf, &Input> = BTreeMap::new();
+    for (input, goal) in inputs.iter().zip(goals) {
+        let Goal::File(path) = goal else { continue };
+        if path.is_file() && path.canonicalize().is_ok_and(|p| sources.contains(&p)) {
+            return Err(Error::new(Code::SameFile, "the output is one of the inputs").at(path));
+        }
+        let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        if let Some(other) = taken.insert(whole, input) {
+            let (one, two) = (other.path.display(), input.path.display());
+            let message = format!("`{one}` and `{two}` would both be written to it");
+            return Err(usage(message, "convert them one by one with `-o`, or into different folders").at(path));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! Dialects that only the user knows.
+
+use crate::common::Place;
+
+/// A dialect of names that no built-in table has: bracketed prefixes, its own suffixes, alpha in tensors.
+const DIALECT: &str = r#"
+name = "mytool"
+title = "A tool of my own"
+aliases = ["mt"]
+write = true
+alpha = "tensor"
+
+[spelling]
+down = ".shrink"
+up = ".grow"
+alpha = ".loudness"
+
+[loaders.flux1]
+mytool = "yes"
+
+[[place]]
+families = ["flux1"]
+component = "transformer"
+namespace = "bfl"
+prefix = "my/tool/"
+"#;
+
+#[test]
+fn a_dialect_without_a_line_of_rust() {
+    let place = Place::new();
+    place.write("my.toml", DIALECT.as_bytes());
+    place.ok(&["sample", "--family", "flux1", "--dialect", "diffusers", "--rank", "1", "-o", "x.safetensors"]);
+    let out = place.ok(&["convert", "x.safetensors", "--to", "mt", "--table", "my.toml", "--json"]).json();
+    assert_eq!((&out["target"]["dialect"], &out["target"]["path"]), (&"mytool".into(), &"x.mytool.safetensors".into()));
+    let there = "x.mytool.safetensors";
+    assert_eq!(place.ok(&["detect", there, "--table", "my.toml"]).out, format!("{there}\tmytool\tflux1\t100%\n"));
+    let seen = place.ok(&["inspect", there, "--table", "my.toml", "--json"]).json();
+    assert!(seen["loaders"].as_array().unwrap().iter().any(|l| l["name"] == "mytool" && l["loads"] == "yes"));
+    place.ok(&["convert", there, "--to", "diffusers", "-o", "back.safetensors", "--table", "my.toml"]);
+    place.ok(&["diff", "x.safetensors", "back.safetensors", "--tolerance", "0"]);
+    let formats = place.ok(&["formats", "--table", "my.toml"]).out;
+    assert!(formats.lines().any(|l| l.starts_with("mytool") && l.contains("both")), "{formats}");
+    // Without the table nobody knows these keys.
+    assert_eq!(place.run(&["detect", there, "--json"]).error_code(), "unknown-family");
+}
+
+#[test]
+fn tables_that_are_wrong() {
+    let place = Place::with_x();
+    let code = |text: &str| {
+        place.write("my.toml", text.as_bytes());
+        let ran = place.run(&["detect", "x.safetensors", "--table", "my.toml", "--json"]);
+        assert_eq!(ran.code, 2);
+        assert_eq!(ran.json()["error"]["path"], "my.toml");
+        ran.error_code()
+    };
+    assert_eq!(code("name = "), "invalid-table");
+    assert_eq!(code(&DIALECT.replace("alpha = \"tensor\"", "alpha = \"somewhere\"")), "invalid-table");
+    assert_eq!(code(&DIALECT.replace("flux1", "flux9")), "invalid-table");
+    assert_eq!(code(&DIALECT.replace("down =", "dawn =")), "invalid-table");
+    let gone = place.run(&["detect", "x.safetensors", "--table", "gone.toml", "--json"]);
+    assert_eq!((gone.code, gone.error_code().as_str()), (2, "not-found"));
+}
