@@ -1,23 +1,56 @@
 """LoRA adapter files of any dialect into any other, exactly and fast.
 
-Importing this package imports neither torch nor numpy; functions that return tensors do when they are called.
+Importing this package imports neither torch nor numpy, and its own modules only when they are first used.
 """
 
 from __future__ import annotations
 
-from ._lorafmt import __version__
-from .adapter import Adapter, Module
-from .api import check, convert, convert_state_dict, detect, diff, inspect, open, register_table
-from .exceptions import (
-    FileError,
-    FormatError,
-    InputNotFoundError,
-    LorafmtError,
-    OutputExistsError,
-    UnsupportedError,
-    UsageError,
-)
-from .reports import AdapterInfo, CheckReport, Detection, DiffReport, Report, Warning
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import exceptions, torch
+    from ._lorafmt import __version__
+    from .adapter import Adapter, Module
+    from .api import check, convert, convert_state_dict, detect, diff, inspect, open, register_table
+    from .exceptions import (
+        FileError,
+        FormatError,
+        InputNotFoundError,
+        LorafmtError,
+        OutputExistsError,
+        UnsupportedError,
+        UsageError,
+    )
+    from .reports import AdapterInfo, CheckReport, Detection, DiffReport, Report, Warning
+
+#: Public name -> the module that has it.
+_HOME = {
+    "__version__": "_lorafmt",
+    "Adapter": "adapter",
+    "AdapterInfo": "reports",
+    "CheckReport": "reports",
+    "Detection": "reports",
+    "DiffReport": "reports",
+    "FileError": "exceptions",
+    "FormatError": "exceptions",
+    "InputNotFoundError": "exceptions",
+    "LorafmtError": "exceptions",
+    "Module": "adapter",
+    "OutputExistsError": "exceptions",
+    "Report": "reports",
+    "UnsupportedError": "exceptions",
+    "UsageError": "exceptions",
+    "Warning": "reports",
+    "check": "api",
+    "convert": "api",
+    "convert_state_dict": "api",
+    "detect": "api",
+    "diff": "api",
+    "inspect": "api",
+    "open": "api",
+    "register_table": "api",
+}
 
 __all__ = [
     "Adapter",
@@ -41,7 +74,25 @@ __all__ = [
     "convert_state_dict",
     "detect",
     "diff",
+    "exceptions",
     "inspect",
     "open",
     "register_table",
+    "torch",
 ]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is not None:
+        value = getattr(import_module(f".{home}", __name__), name)
+    elif name in __all__:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -114,9 +114,7 @@ def fill_torch(plan: _lorafmt.Plan, device: Any = "cpu") -> dict[str, Any]:
     import torch
 
     names = {v: k for k, v in NUMPY_TO_SAFETENSORS.items()}
-    tensors = {
-        key: torch.empty(shape, dtype=getattr(torch, names[dtype])) for key, dtype, shape in plan.tensors()
-    }
+    tensors = {key: torch.empty(shape, dtype=getattr(torch, names[dtype])) for key, dtype, shape in plan.tensors()}
     plan.fill([(t.data_ptr(), t.numel() * t.element_size(), t) for t in tensors.values()])
     if str(device) == "cpu":
         return tensors

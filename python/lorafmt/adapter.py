@@ -140,7 +140,9 @@ class Adapter(Mapping[str, Module]):
         if self._paths is None:
             pairs = self._native.modules()
             main = pairs[0][0] if pairs else ""
-            self._paths = {path if component == main else f"{component}.{path}": (component, path) for component, path in pairs}
+            self._paths = {
+                path if component == main else f"{component}.{path}": (component, path) for component, path in pairs
+            }
         return self._paths
 
     def __getitem__(self, path: str) -> Module:
@@ -209,7 +211,9 @@ class Adapter(Mapping[str, Module]):
 
     def __repr__(self) -> str:
         info = self.info
-        return f"<Adapter {info.family} {info.kind} from {info.dialect}, {len(self)} modules, rank {info.rank or 'mixed'}>"
+        return (
+            f"<Adapter {info.family} {info.kind} from {info.dialect}, {len(self)} modules, rank {info.rank or 'mixed'}>"
+        )
 
 
 def _installed() -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,10 +102,9 @@ class Report(_Document):
     def to_dict(self) -> dict[str, Any]:
         """The document as ``--json`` prints it. Reads the source file once more, for its SHA-256."""
         document = super().to_dict()
-        try:
+        # A source in memory has no file to hash.
+        with suppress(OSError):
             document["source"]["sha256"] = _sha256(self.source_path)
-        except OSError:
-            pass  # a source in memory has no file to hash
         return document
 
 
@@ -148,6 +147,8 @@ class DiffReport(_Document):
 
 
 def _sha256(path: str) -> str:
+    import hashlib
+
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -211,9 +212,7 @@ def _report(text: str) -> Report:
 
 def _check(text: str) -> CheckReport:
     d = json.loads(text)
-    return CheckReport(
-        d, d["path"], d["ok"], d["tensors"], d["modules"], tuple(d["problems"]), _warnings(d)
-    )
+    return CheckReport(d, d["path"], d["ok"], d["tensors"], d["modules"], tuple(d["problems"]), _warnings(d))
 
 
 def _diff(text: str) -> DiffReport:

@@ -50,9 +50,7 @@ SPELLINGS = {
     "kohya": Spelling("bfl", _flat("lora_unet_"), KOHYA, _flat("lora_te1_"), _flat("lora_te3_"), alpha=True),
     "kohya double underscore": Spelling("bfl", _flat("lora_unet__"), KOHYA, alpha=True),
     "kohya trailing underscore": Spelling("diffusers", _flat("lora_unet_", "_"), KOHYA, alpha=True),
-    "kohya diffusers names": Spelling(
-        "diffusers", _flat("lora_unet_"), KOHYA, _flat("lora_te1_"), alpha=True
-    ),
+    "kohya diffusers names": Spelling("diffusers", _flat("lora_unet_"), KOHYA, _flat("lora_te1_"), alpha=True),
     "onetrainer": Spelling(
         "diffusers", _flat("lora_transformer_"), KOHYA, _flat("lora_te1_"), _flat("lora_te2_"), alpha=True
     ),
@@ -75,16 +73,12 @@ SPELLINGS = {
         _dotted("text_encoder_2."),
         header_alpha=True,
     ),
-    "diffusers with alpha": Spelling(
-        "diffusers", _dotted("transformer."), PEFT, _dotted("text_encoder."), alpha=True
-    ),
+    "diffusers with alpha": Spelling("diffusers", _dotted("transformer."), PEFT, _dotted("text_encoder."), alpha=True),
     "diffusers old": Spelling("diffusers", _dotted("transformer."), OLD),
     "diffusers bare": Spelling("diffusers", _dotted(""), PEFT),
     "named adapter": Spelling("diffusers", _dotted("transformer."), NAMED),
     "peft": Spelling("diffusers", _dotted("base_model.model."), PEFT, config_file=True),
-    "peft transformer": Spelling(
-        "diffusers", _dotted("base_model.model.transformer."), PEFT, config_file=True
-    ),
+    "peft transformer": Spelling("diffusers", _dotted("base_model.model.transformer."), PEFT, config_file=True),
     "peft original names": Spelling("bfl", _dotted("base_model.model."), PEFT, config_file=True),
     "bfl": Spelling("bfl", _dotted(""), PEFT),
     "xlabs": Spelling("xlabs", _dotted(""), XLABS),
@@ -101,9 +95,7 @@ def _vocabulary(path: str, targets: list[Target]) -> str:
 
 def _paths(vocabulary: str) -> list[str]:
     """Module paths that a tool of this vocabulary writes."""
-    found = {
-        path: _vocabulary(path, targets) for path, targets in TRANSFORMER.items() if "distilled" not in path
-    }
+    found = {path: _vocabulary(path, targets) for path, targets in TRANSFORMER.items() if "distilled" not in path}
     if vocabulary == "numbered":  # single modules keep their original name, fused ones are numbered
         return [p for p, v in found.items() if v == "numbered" or (v == "bfl" and len(TRANSFORMER[p]) == 1)]
     return [path for path, kind in found.items() if kind == vocabulary]
@@ -117,9 +109,7 @@ def _size(targets: list[Target]) -> tuple[int, int]:
 class Builder:
     """One random file in the making."""
 
-    def __init__(
-        self, seed: int, spelling: str, dtype: str = "F32", kind: str = "lora", text: bool = True
-    ) -> None:
+    def __init__(self, seed: int, spelling: str, dtype: str = "F32", kind: str = "lora", text: bool = True) -> None:
         self.rng = np.random.default_rng([seed, sum(spelling.encode()), sum(kind.encode())])
         self.spelling, self.dtype, self.kind, self.text = SPELLINGS[spelling], dtype, kind, text
         self.tensors: dict[str, tuple[np.ndarray, str]] = {}
@@ -154,13 +144,9 @@ class Builder:
         if self.kind == "dora":
             values = np.abs(self._random(out, 1)) + np.float32(1)
             peft = self.spelling.suffixes == PEFT
-            self._put(
-                name + (".lora_magnitude_vector" if peft else ".dora_scale"), values[:, 0] if peft else values
-            )
+            self._put(name + (".lora_magnitude_vector" if peft else ".dora_scale"), values[:, 0] if peft else values)
         if self.kind == "bias":
-            self._put(
-                name + (".lora_B.bias" if self.spelling.suffixes == PEFT else ".diff_b"), self._random(out)
-            )
+            self._put(name + (".lora_B.bias" if self.spelling.suffixes == PEFT else ".diff_b"), self._random(out))
         self._put_alpha(name, rank)
         return rank
 

@@ -175,10 +175,7 @@ _SLOTS = [
         ("set", r"(?:\.scale)?\.set_weight"),
         ("set", r"(?<=_norm)\.scale"),
         ("set", r"(?:(?<=\.norm_[qk])|(?<=_added_[qk]))\.weight"),
-        *(
-            (name, rf"\.{name}")
-            for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-        ),
+        *((name, rf"\.{name}") for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
         *((name, rf"\.{name}") for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
     ]
 ]
@@ -426,16 +423,10 @@ def compare(expected: Reference, actual: Reference, tolerance: float = 1e-6) -> 
 
     A set norm and a DoRA magnitude are replacements, not deltas: there a zero counts as well.
     """
-    errors = {
-        module: relative_error(delta, actual[module])
-        for module, delta in expected.items()
-        if module in actual
-    }
+    errors = {module: relative_error(delta, actual[module]) for module, delta in expected.items() if module in actual}
 
     def only_in(one: Reference, other: Reference) -> list[str]:
-        return [
-            m for m in one if m not in other and ("#set" in m or "#magnitude" in m or norm(one[m].terms) > 0)
-        ]
+        return [m for m in one if m not in other and ("#set" in m or "#magnitude" in m or norm(one[m].terms) > 0)]
 
     return Comparison(errors, only_in(expected, actual), only_in(actual, expected), tolerance)
 

@@ -112,9 +112,7 @@ class TensorFile:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.header = {
-            key: Entry(e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()
-        }
+        self.header = {key: Entry(e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()}
         self._base = 8 + length
         empty = self.path.stat().st_size == self._base
         self._data = np.empty(0, np.uint8) if empty else np.memmap(self.path, np.uint8, "r")
@@ -134,9 +132,7 @@ class TensorFile:
         return self._data[self._base + entry.start : self._base + entry.stop]
 
 
-def save(
-    path: str | Path, tensors: dict[str, tuple[np.ndarray, str]], metadata: dict[str, str] | None = None
-) -> None:
+def save(path: str | Path, tensors: dict[str, tuple[np.ndarray, str]], metadata: dict[str, str] | None = None) -> None:
     """Write `key -> (values, dtype)` in the given order."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = 0

@@ -48,9 +48,7 @@ def _hollow(build) -> torch.nn.Module:
 
 
 def _flux(width: int = 64) -> torch.nn.Module:
-    return _hollow(
-        lambda: diffusers.FluxTransformer2DModel(in_channels=width, out_channels=64, guidance_embeds=True)
-    )
+    return _hollow(lambda: diffusers.FluxTransformer2DModel(in_channels=width, out_channels=64, guidance_embeds=True))
 
 
 def _clip() -> torch.nn.Module:
@@ -92,9 +90,7 @@ def _loaded(component: str, model: torch.nn.Module) -> oracle.Reference:
             continue
         ((adapter, scale),) = layer.scaling.items()
         assert layer.active_adapters == [adapter]
-        assert not any(parameter.is_meta for parameter in layer.parameters()), (
-            f"{name} was left without values"
-        )
+        assert not any(parameter.is_meta for parameter in layer.parameters()), f"{name} was left without values"
         down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         if component == "text_encoder":
             name = f"text_model.{name.removeprefix('text_model.')}"
@@ -128,9 +124,7 @@ def _load(path: Path, transformer: torch.nn.Module, caplog: pytest.LogCaptureFix
     return {**found, **(_loaded("text_encoder", pipeline.text_encoder) if has_clip else {})}
 
 
-def _assert_loads(
-    source: Path, folder: Path, transformer: torch.nn.Module, caplog: pytest.LogCaptureFixture
-) -> None:
+def _assert_loads(source: Path, folder: Path, transformer: torch.nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     target = folder / "out.safetensors"
     lorafmt.convert(source, target, to="diffusers")
     # diffusers has no place for T5.
@@ -144,9 +138,7 @@ def _assert_loads(
     assert comparison.errors.keys() == expected.keys()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in PLAIN if name.startswith("flux") and name not in INPUT_WIDTH]
-)
+@pytest.mark.parametrize("name", [name for name in PLAIN if name.startswith("flux") and name not in INPUT_WIDTH])
 def test_fixture_loads(tmp_path: Path, name: str, flux: torch.nn.Module, caplog) -> None:
     _assert_loads(make(name, tmp_path / "in", whole=name in WHOLE), tmp_path, flux, caplog)
 

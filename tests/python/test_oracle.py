@@ -31,9 +31,7 @@ def test_values_survive_the_file(tmp_path: Path, dtype: str) -> None:
     save(tmp_path / "b.safetensors", {"x": (once, dtype)})
     assert np.array_equal(TensorFile(tmp_path / "b.safetensors")["x"], once)
     step = {"F64": 0, "F32": 2**-24, "F16": 2**-11, "BF16": 2**-8, "F8_E4M3": 2**-4, "F8_E5M2": 2**-3}[dtype]
-    assert np.all(
-        np.abs(once - values) <= step * np.abs(values) + (2**-10 if dtype.startswith("F8") else 1e-7)
-    )
+    assert np.all(np.abs(once - values) <= step * np.abs(values) + (2**-10 if dtype.startswith("F8") else 1e-7))
 
 
 def test_storage_agrees_with_torch() -> None:
@@ -94,9 +92,7 @@ def test_text_encoder_names_are_those_of_the_models() -> None:
     with torch.device("meta"):
         clip, t5 = transformers.CLIPTextModel(clip_config), transformers.T5EncoderModel(t5_config)
     # transformers 5 dropped the `text_model` level that every published file has.
-    theirs = {
-        f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in _linears(clip).items()
-    }
+    theirs = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in _linears(clip).items()}
     assert _known("text_encoder.") == theirs
     assert _known("text_encoder_2.") == _linears(t5)
 
@@ -127,9 +123,7 @@ def _read(tmp_path: Path, tensors: dict[str, np.ndarray], **metadata: str) -> or
 def test_lora_scale_and_slices(tmp_path: Path) -> None:
     down, up = _random(4, 3072), _random(9216, 4)
     name = "lora_unet_double_blocks_3_txt_attn_qkv"
-    found = _read(
-        tmp_path, {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": 3.0}
-    )
+    found = _read(tmp_path, {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": 3.0})
     whole = 3.0 / 4 * up.astype(np.float64) @ down.astype(np.float64)
     parts = [f"transformer.transformer_blocks.3.attn.add_{leaf}_proj" for leaf in "qkv"]
     assert list(found) == parts
@@ -139,9 +133,7 @@ def test_lora_scale_and_slices(tmp_path: Path) -> None:
 def test_final_norm_swaps_output_halves_only(tmp_path: Path) -> None:
     down, up, bias = _random(4, 3072), _random(6144, 4), _random(6144)
     name = "final_layer.adaLN_modulation.1"
-    found = _read(
-        tmp_path, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_B.bias": bias}
-    )
+    found = _read(tmp_path, {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_B.bias": bias})
     shift, scale = np.split(up.astype(np.float64) @ down, 2)
     assert np.allclose(found["transformer.norm_out.linear"].dense(), np.concatenate([scale, shift]))
     assert np.array_equal(found["transformer.norm_out.linear#bias"].dense(), np.roll(bias, 3072))
@@ -165,9 +157,7 @@ def test_loha(tmp_path: Path) -> None:
     name = "lora_unet_single_blocks_0_modulation_lin"
     factors = {"hada_w1_a": (9216, 4), "hada_w1_b": (4, 3072), "hada_w2_a": (9216, 4), "hada_w2_b": (4, 3072)}
     slots = {key: _random(*shape, seed=i) for i, (key, shape) in enumerate(factors.items())}
-    found = _read(
-        tmp_path, {**{f"{name}.{key}": value for key, value in slots.items()}, f"{name}.alpha": 6.0}
-    )
+    found = _read(tmp_path, {**{f"{name}.{key}": value for key, value in slots.items()}, f"{name}.alpha": 6.0})
     whole = 6 / 4 * (slots["hada_w1_a"] @ slots["hada_w1_b"]) * (slots["hada_w2_a"] @ slots["hada_w2_b"])
     got = found["transformer.single_transformer_blocks.0.norm.linear"].dense()
     assert np.linalg.norm(got - whole) < 1e-5 * np.linalg.norm(whole)
@@ -347,18 +337,12 @@ def test_diffusers_agrees_where_it_is_right(tmp_path: Path, name: str) -> None:
     torch = pytest.importorskip("torch")
     from diffusers.loaders import FluxLoraLoaderMixin
 
-    source = oracle.make_file(
-        name, tmp_path / "a.safetensors", seed=3, shrink_rank=64 if "control" in name else 4
-    )
+    source = oracle.make_file(name, tmp_path / "a.safetensors", seed=3, shrink_rank=64 if "control" in name else 4)
     expected = oracle.reference(source)
     tensors = TensorFile(source)
     given = {key: torch.from_numpy(np.array(tensors[key])) for key in tensors}
     state_dict, alphas = FluxLoraLoaderMixin.lora_state_dict(given, return_alphas=True)
-    found = {
-        module: delta
-        for module, delta in _as_diffusers_reads(state_dict, alphas).items()
-        if module in expected
-    }
+    found = {module: delta for module, delta in _as_diffusers_reads(state_dict, alphas).items() if module in expected}
     comparison = oracle.compare(expected, found, 1e-6)
     lost, wrong = DIFFUSERS[name]
     assert set(comparison.missing) == {module for module in expected if lost(module)}
@@ -375,6 +359,4 @@ def test_diffusers_refuses(tmp_path: Path, name: str) -> None:
 
     tensors = TensorFile(oracle.make_file(name, tmp_path / "a.safetensors", shrink_rank=8))
     with pytest.raises((KeyError, ValueError)):
-        FluxLoraLoaderMixin.lora_state_dict(
-            {key: torch.from_numpy(np.array(tensors[key])) for key in tensors}
-        )
+        FluxLoraLoaderMixin.lora_state_dict({key: torch.from_numpy(np.array(tensors[key])) for key in tensors})
