@@ -74,12 +74,18 @@ pub struct Scale {
 }
 
 /// Metadata keys that hold one alpha for a whole file, most explicit first.
-const PLAIN_KEYS: [&str; 4] = ["lora_alpha", "network_alpha", "alpha", "ss_network_alpha"];
+const PLAIN_KEYS: [&str; 3] = ["lora_alpha", "network_alpha", "alpha"];
+
+/// What kohya's trainers note of the alpha they were started with. Never used: their files hold alpha tensors, every
+/// loader reads a module without one at scale 1, and tools that fold the scale leave this entry behind.
+const NOTED_ALPHA: &str = "ss_network_alpha";
 
 /// Metadata entries that stop being true once the scale is folded into the factors.
 pub fn is_alpha_metadata(key: &str) -> bool {
     let tail = key.rsplit('.').next().unwrap_or(key);
-    PLAIN_KEYS.contains(&tail) || matches!(key, "lora_adapter_metadata" | "adapter_config" | "use_rslora")
+    PLAIN_KEYS.contains(&tail)
+        || key == NOTED_ALPHA
+        || matches!(key, "lora_adapter_metadata" | "adapter_config" | "use_rslora")
 }
 
 impl AlphaConfig {
@@ -187,6 +193,13 @@ fn plain(metadata: &[(String, String)]) -> Vec<Scope> {
 
 fn as_number(value: &Value) -> Option<f64> {
     value.as_f64().or_else(|| value.as_str()?.parse().ok())
+}
+
+/// The alpha that the header notes for the trainer's information, if it differs from the rank noted beside it.
+pub fn noted_alpha(source: &Source) -> Option<f64> {
+    let number = |key: &str| source.metadata_value(key)?.trim().parse::<f64>().ok();
+    let alpha = number(NOTED_ALPHA)?;
+    (number("ss_network_dim") != Some(alpha)).then_some(alpha)
 }
 
 /// The value of an alpha tensor: one finite number of any type.

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 
 use crate::adapter::{Adapter, Address, ModuleKey, Placed};
-use crate::alpha::{AlphaConfig, read_alpha};
+use crate::alpha::{AlphaConfig, noted_alpha, read_alpha};
 use crate::detect::{Given, Meaning, detect, family_warning};
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
-use crate::kind::{Kind, Module, Refusal, Slot, rank_of};
+use crate::kind::{AlphaSource, Kind, Module, Refusal, Slot, rank_of};
 use crate::report::Warning;
 use crate::table::{AlphaPolicy, Hit, Op, Registry, Row, SuffixMatch};
 use crate::tensor::Tensor;
@@ -359,6 +359,14 @@ impl Decoder<'_> {
             (&self.conflicts, "alpha-conflict", "the alpha tensor differs from the metadata; the tensor counts"),
             (&self.zeros, "zero-alpha", "the alpha tensor is zero, which trainers read as \"not set\""),
         ];
+        let bare = |p: &&Placed| p.module.rank().is_some() && p.module.alpha_source == AlphaSource::Rank;
+        let without = adapter.modules.values().filter(bare).count();
+        if let (Some(alpha), 1..) = (noted_alpha(self.source), without) {
+            let detail = format!(
+                "the header notes alpha {alpha}, but {without} modules have no alpha tensor: they count at scale 1, as in every loader"
+            );
+            adapter.warnings.push(Warning::new("alpha-metadata-unused", None, detail));
+        }
         for (modules, code, text) in texts {
             if let Some(first) = modules.first() {
                 let detail = format!("in {} modules, the first `{first}`: {text}", modules.len());
