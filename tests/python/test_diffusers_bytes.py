@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+import torch
+from diffusers.loaders import FluxLoraLoaderMixin
 
 import lorafmt
 import oracle
-from diffusers.loaders import FluxLoraLoaderMixin
 
 #: Fixtures whose block modules diffusers 0.42 converts right. Outside the blocks it loses prefix and alpha.
 RIGHT = ["flux_kohya_all_linear", "flux_kohya_split_qkv", "flux_comfy_native_down_up", "flux_xlabs_double_single"]
