@@ -37,8 +37,15 @@ pub struct ConvertOptions {
 
 impl Default for ConvertOptions {
     fn default() -> Self {
-        let to = "diffusers".to_owned();
-        Self { to, from: None, family: None, dtype: None, strength: 1.0, unknown: Unknown::Error, lossy: false }
+        Self {
+            to: String::new(),
+            from: None,
+            family: None,
+            dtype: None,
+            strength: 1.0,
+            unknown: Unknown::Error,
+            lossy: false,
+        }
     }
 }
 

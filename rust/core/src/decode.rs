@@ -12,7 +12,7 @@ use crate::alpha::{AlphaConfig, noted_alpha, read_alpha};
 use crate::detect::{Given, Meaning, detect, family_warning};
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
-use crate::kind::{AlphaSource, Kind, Module, Refusal, Slot, rank_of};
+use crate::kind::{AlphaSource, Kind, Module, Refusal, Role, Slot, rank_of};
 use crate::report::Warning;
 use crate::table::{AlphaPolicy, Hit, Op, Registry, Row, SuffixMatch};
 use crate::tensor::Tensor;
@@ -260,6 +260,11 @@ impl Decoder<'_> {
         let dims = |slot: Slot| tensors.get(&slot).map(|t| (t.rows(), t.cols()));
         let widths = || row.inputs.iter().map(usize::to_string).collect::<Vec<_>>().join(" or ");
         for (slot, tensor) in tensors {
+            if !tensor.dtype().is_float() && slot.role() != Role::Note {
+                let info = &self.source.tensors()[group.slots[slot].0];
+                let message = format!("`{}` is {}, but factors are floating point", info.name, info.dtype.name());
+                return Err(Error::new(Code::InvalidDtype, message).key(&info.name));
+            }
             let follows = matches!(
                 slot,
                 Slot::Up

@@ -67,6 +67,7 @@ codes! {
     UnknownFamily "unknown-family" Format "No model family of the tables fits the file." "`lorafmt formats` lists the families; `--table FILE` adds one";
     AmbiguousFamily "ambiguous-family" Format "Several model families fit and would give different results." "add `--family NAME`";
     ShapeMismatch "shape-mismatch" Format "A tensor does not have the shape that its module needs." "the file belongs to another model, or is damaged; `lorafmt inspect` shows what it looks like";
+    InvalidDtype "invalid-dtype" Format "A factor is stored as integers or booleans." "factors are floating point; save the file again with its trainer";
     UnpairedModule "unpaired-module" Format "A module lacks one of the tensors that belong together." "the file is incomplete; save it again with its trainer";
     RankMismatch "rank-mismatch" Format "Up and down factors of a module have different ranks." "the file is damaged, or two files were mixed";
     InvalidAlpha "invalid-alpha" Format "An alpha is NaN, infinite or no number." "repair the alpha with the trainer that wrote the file";

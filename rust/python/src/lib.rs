@@ -65,7 +65,7 @@ fn options(json: &str) -> Result<ConvertOptions> {
         Err(bad(format!("`{name}` is `{have}`")).hint(format!("one of: {}", choices.join(", "))))
     };
     Ok(ConvertOptions {
-        to: text("to").unwrap_or_else(|| ConvertOptions::default().to),
+        to: text("to").unwrap_or_default(),
         from: text("from"),
         family: text("family"),
         dtype: match word("dtype", &["keep", "bf16", "fp16", "fp32"])?.as_str() {

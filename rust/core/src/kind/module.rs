@@ -241,6 +241,10 @@ impl Module {
         if self.tensors.contains_key(&Slot::Mid) || other.tensors.contains_key(&Slot::Mid) {
             return refuse("is claimed twice, and Tucker cores (`lora_mid`) cannot be added");
         }
+        let width = |m: &Module| m.get(Slot::Down).map(Tensor::cols);
+        if width(self) != width(other) {
+            return refuse("is claimed twice, with different input widths");
+        }
         let same_scale = self.scale == other.scale;
         let terms = [self, other].map(|m| {
             let m = m.tightened();

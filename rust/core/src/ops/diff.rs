@@ -84,10 +84,17 @@ pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
 
 /// A module that only one side has is no difference if it does nothing.
 fn alone(module: &Module, state: &'static str) -> (f64, &'static str) {
-    let zero = |slot: Slot| module.get(slot).is_none_or(|t| t.is_zero(0..t.rows(), 0..t.cols()));
-    let harmless =
-        module.kind == Kind::Lora && !module.is_dora() && (zero(Slot::Up) || zero(Slot::Down)) && zero(Slot::DiffB);
-    if harmless { (0.0, "equal") } else { (1.0, state) }
+    if zero_delta(module) && is_zero(module, Slot::DiffB) { (0.0, "equal") } else { (1.0, state) }
+}
+
+fn is_zero(module: &Module, slot: Slot) -> bool {
+    module.get(slot).is_none_or(|t| t.is_zero(0..t.rows(), 0..t.cols()))
+}
+
+/// Whether the weight is left as it is. A bias by itself is a layer whose delta is zero.
+fn zero_delta(module: &Module) -> bool {
+    let zero_factors = is_zero(module, Slot::Up) || is_zero(module, Slot::Down);
+    module.kind == Kind::Bias || (module.kind == Kind::Lora && !module.is_dora() && zero_factors)
 }
 
 fn compare(a: &Module, b: &Module, tolerance: f64) -> (f64, &'static str) {
@@ -96,12 +103,13 @@ fn compare(a: &Module, b: &Module, tolerance: f64) -> (f64, &'static str) {
         return (0.0, "equal");
     }
     let rest = side_tensors(&a, &b);
-    let main =
-        if a.kind == Kind::Lora && b.kind == Kind::Lora && a.get(Slot::Mid).is_none() && b.get(Slot::Mid).is_none() {
-            low_rank(&a, &b)
-        } else {
-            dense(&a, &b)
-        };
+    let main = if zero_delta(&a) && zero_delta(&b) {
+        Some(0.0)
+    } else if a.kind == Kind::Lora && b.kind == Kind::Lora && a.get(Slot::Mid).is_none() && b.get(Slot::Mid).is_none() {
+        low_rank(&a, &b)
+    } else {
+        dense(&a, &b)
+    };
     match main.or_else(|| vectors(&a, &b)) {
         None => (1.0, "incomparable"),
         Some(error) => {

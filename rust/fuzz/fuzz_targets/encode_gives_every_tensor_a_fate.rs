@@ -1,0 +1,4 @@
+//! The libFuzzer entry of the target of the same name.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| lorafmt_fuzz::encode_gives_every_tensor_a_fate(data));
