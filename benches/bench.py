@@ -33,10 +33,12 @@ state = state[0] if isinstance(state, tuple) else state
 save_file({k: v.clone() for k, v in state.items()}, sys.argv[2])
 """
 
-#: The same with Nunchaku's own converter, from a checkout.
+#: The same with Nunchaku's own converter, from a checkout. Its package would import compiled kernels first; an empty
+#: stand-in for the package spares it that time.
 NUNCHAKU = """
-import sys
-sys.path.insert(0, sys.argv[3])
+import sys, types
+package = sys.modules["nunchaku"] = types.ModuleType("nunchaku")
+package.__path__ = [sys.argv[3] + "/nunchaku"]
 from nunchaku.lora.flux.diffusers_converter import to_diffusers
 from safetensors.torch import save_file
 save_file({k: v.clone() for k, v in to_diffusers(sys.argv[1]).items()}, sys.argv[2])
