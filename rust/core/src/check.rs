@@ -13,6 +13,9 @@ use crate::io::Source;
 use crate::report::Warning;
 use crate::table::Registry;
 
+/// Unknown keys for which the nearest known one is looked up.
+const SUGGESTIONS: usize = 20;
+
 /// The result of a check.
 #[derive(Debug, Clone, Serialize)]
 pub struct CheckReport {
@@ -35,9 +38,11 @@ pub struct CheckReport {
 /// Checks a file. Reads every tensor once. A file that cannot be opened is an error, one that is wrong is an answer.
 pub fn check(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> Result<CheckReport> {
     let (adapter, mut problems) = decode_lenient(registry, source, given)?;
-    for &index in &adapter.unknown {
+    for (count, &index) in adapter.unknown.iter().enumerate() {
         let name = &source.tensors()[index].name;
-        let nearest = registry.nearest(name).map_or_else(String::new, |n| format!("; the nearest known key is `{n}`"));
+        // Comparing with every known name takes a while, and nobody reads thousands of suggestions.
+        let nearest = if count < SUGGESTIONS { registry.nearest(name) } else { None };
+        let nearest = nearest.map_or_else(String::new, |n| format!("; the nearest known key is `{n}`"));
         problems.push(Error::new(Code::UnknownKey, format!("`{name}` is unknown{nearest}")).key(name));
     }
     let bad: Vec<Error> = (0..source.tensors().len())

@@ -182,7 +182,7 @@ impl Decoder<'_> {
         let mut tensors: BTreeMap<Slot, Tensor> = BTreeMap::new();
         for (&slot, (index, _)) in &group.slots {
             if !matches!(slot, Slot::Alpha | Slot::Reshape) {
-                tensors.insert(slot, Tensor::input(self.source, *index));
+                tensors.insert(slot, as_matrix(slot, Tensor::input(self.source, *index)));
             }
         }
         self.check_shapes(group, row, kind, &tensors)?;
@@ -378,6 +378,14 @@ impl Decoder<'_> {
                 adapter.warnings.push(Warning::new(code, Some(first.clone()), detail));
             }
         }
+    }
+}
+
+/// Factors of a linear layer that a trainer saved as those of a 1x1 convolution are matrices again.
+fn as_matrix(slot: Slot, tensor: Tensor) -> Tensor {
+    match (slot, tensor.shape()) {
+        (Slot::Down | Slot::Up, &[rows, cols, 1, 1]) => tensor.reshaped(vec![rows, cols]),
+        _ => tensor,
     }
 }
 
