@@ -16,9 +16,17 @@ class Adapter:
     """
     An adapter that has been read; its tensors stay where they are.
     """
+    def check(self, /) -> str:
+        """
+        Checks structure, pairs, shapes, names and values; JSON.
+        """
     def convert(self, /, path: str | PathLike[str], options: str, overwrite: bool, progress: Any | None = None) -> str:
         """
         Converts into a file and returns the report as JSON. `progress(done, total)` is called now and then.
+        """
+    def converted(self, /, options: str, progress: Any | None = None) -> tuple[Adapter, str]:
+        """
+        The adapter that a conversion makes, computed into memory, and the report as JSON.
         """
     def delta_into(self, /, name: str, strength: SupportsFloat | SupportsIndex, buffer: tuple[SupportsIndex, SupportsIndex, Any]) -> None:
         """

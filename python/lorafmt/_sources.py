@@ -44,10 +44,11 @@ def native_source(src: Any) -> NativeSource:
             return path
     if isinstance(src, Mapping):
         return [_native_tensor(key, value) for key, value in src.items()], []
-    raise _usage(f"cannot read an adapter from {type(src).__name__}", "pass a path, bytes, or a dict of tensors")
+    raise usage_error(f"cannot read an adapter from {type(src).__name__}", "pass a path, bytes, or a dict of tensors")
 
 
-def _usage(message: str, hint: str) -> UsageError:
+def usage_error(message: str, hint: str) -> UsageError:
+    """An error about an argument, as the native module makes them."""
     error = UsageError(message)
     error.code, error.hint = "invalid-argument", hint
     return error
@@ -55,7 +56,7 @@ def _usage(message: str, hint: str) -> UsageError:
 
 def _native_tensor(key: Any, value: Any) -> NativeTensor:
     if not isinstance(key, str):
-        raise _usage(f"keys are strings, not {type(key).__name__}", "pass a state dict")
+        raise usage_error(f"keys are strings, not {type(key).__name__}", "pass a state dict")
     if type(value).__module__.partition(".")[0] == "torch":
         value = value.detach().cpu().contiguous()
         dtype = _torch_name(value.dtype)
@@ -66,16 +67,16 @@ def _native_tensor(key: Any, value: Any) -> NativeTensor:
         value = numpy.ascontiguousarray(value).reshape(numpy.shape(value))
         dtype = NUMPY_TO_SAFETENSORS.get(value.dtype.name)
         if dtype is None or not value.dtype.isnative:
-            raise _usage(f"`{key}` has the dtype {value.dtype}", "use one that safetensors knows")
+            raise usage_error(f"`{key}` has the dtype {value.dtype}", "use one that safetensors knows")
         return key, dtype, list(value.shape), (value.__array_interface__["data"][0], value.nbytes, value)
-    raise _usage(f"`{key}` is {type(value).__name__}", "values are torch or numpy tensors")
+    raise usage_error(f"`{key}` is {type(value).__name__}", "values are torch or numpy tensors")
 
 
 def _torch_name(dtype: Any) -> str:
     name = str(dtype).removeprefix("torch.")
     found = NUMPY_TO_SAFETENSORS.get(name)
     if found is None:
-        raise _usage(f"torch.{name} cannot be stored", "use an element type that safetensors knows")
+        raise usage_error(f"torch.{name} cannot be stored", "use an element type that safetensors knows")
     return found
 
 

@@ -85,8 +85,16 @@ class Adapter(Mapping[str, Module]):
     encoders carry the component's name (``text_encoder.text_model...``). Usable as a context manager.
     """
 
-    def __init__(self, native: _lorafmt.Adapter, *, options: dict[str, Any], framework: str | None) -> None:
+    def __init__(
+        self,
+        native: _lorafmt.Adapter,
+        *,
+        options: dict[str, Any],
+        framework: str | None,
+        report: reports.Report | None = None,
+    ) -> None:
         self._native = native
+        self._report = report
         self._options = options
         self._framework = framework
         self._info: reports.AdapterInfo | None = None
@@ -106,8 +114,8 @@ class Adapter(Mapping[str, Module]):
 
     @property
     def dialect(self) -> str:
-        """The dialect in which tensors are handed out: the one converted to, or that of the file."""
-        return str(self._options.get("to") or self.info.dialect)
+        """The dialect that its keys are in."""
+        return self.info.dialect
 
     @property
     def kind(self) -> str:
@@ -130,11 +138,9 @@ class Adapter(Mapping[str, Module]):
         return list(self._index())
 
     @property
-    def report(self) -> reports.Report:
-        """What converting it to ``dialect`` does; decides everything, computes nothing."""
-        report = self._plan(None).report()
-        assert report is not None
-        return reports._report(report)
+    def report(self) -> reports.Report | None:
+        """What the conversion did that made this adapter; None for one that was opened."""
+        return self._report
 
     def _index(self) -> dict[str, tuple[str, str]]:
         if self._paths is None:
@@ -167,15 +173,14 @@ class Adapter(Mapping[str, Module]):
     def __exit__(self, *_: object) -> None:
         """Nothing to close: the mapping of the file ends with the last reference to the adapter."""
 
-    def _plan(self, dialect: str | None) -> _lorafmt.Plan:
-        options = dict(self._options)
-        options["to"] = dialect or self._writable()
-        return self._native.plan(json.dumps(options))
-
-    def _writable(self) -> str:
-        """The adapter's own dialect if it can be written, else diffusers'."""
+    def _with_target(self, dialect: str | None) -> str:
+        """The options of writing it: as ``dialect``, else as its own if that can be written, else as diffusers'."""
         written = {name for name, writes in _lorafmt.formats()[0] if writes}
-        return self.dialect if self.dialect in written or self._options.get("to") else "diffusers"
+        own = self.dialect if self.dialect in written else "diffusers"
+        return json.dumps({**self._options, "to": dialect or own})
+
+    def _plan(self, dialect: str | None) -> _lorafmt.Plan:
+        return self._native.plan(self._with_target(dialect))
 
     def to_numpy(self, dialect: str | None = None) -> dict[str, np.ndarray]:
         """The tensors as new numpy arrays, keyed as ``dialect`` spells them.
@@ -205,9 +210,7 @@ class Adapter(Mapping[str, Module]):
         overwrite: bool = False,
     ) -> reports.Report:
         """Writes a file, atomically. Raises OutputExistsError unless ``overwrite`` is given."""
-        options = dict(self._options)
-        options["to"] = dialect or self._writable()
-        return reports._report(self._native.convert(os.fspath(path), json.dumps(options), overwrite))
+        return reports._report(self._native.convert(os.fspath(path), self._with_target(dialect), overwrite))
 
     def __repr__(self) -> str:
         info = self.info

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, overload
 
 from . import _lorafmt, reports
 from ._names import Dialect, Dtype, Family, Lossy, Unknown
-from ._sources import fill_torch, framework_of, native_source
+from ._sources import fill_numpy, fill_torch, framework_of, native_source, usage_error
 from .adapter import Adapter
 
 #: A path, the bytes of a file, a dict of torch or numpy tensors, or an adapter.
@@ -49,8 +50,9 @@ def detect(src: Source, *, family: Family | None = None, from_: Dialect | None =
 
 def check(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.CheckReport:
     """Looks for everything that can be wrong: half pairs, shapes, unknown keys, NaN. Reads every tensor once."""
-    source = src.to_numpy() if isinstance(src, Adapter) else src
-    return reports._check(_lorafmt.check(native_source(source), json.dumps({"family": family, "from": from_})))
+    if isinstance(src, Adapter):
+        return reports._check(src._native.check())
+    return reports._check(_lorafmt.check(native_source(src), json.dumps({"family": family, "from": from_})))
 
 
 def diff(a: Source, b: Source, *, tolerance: float = 1e-6, family: Family | None = None) -> reports.DiffReport:
@@ -110,7 +112,8 @@ def convert(
 
     Args:
         src: a path, bytes, a dict of torch or numpy tensors, or an Adapter.
-        dst: the file to write (for ``to="peft"`` also a folder); without it the result is an Adapter in memory.
+        dst: the file to write (for ``to="peft"`` also a folder); without it the result is an Adapter whose tensors are
+            computed into memory.
         to: the dialect to write.
         from_: the dialect that the input is said to be; recognised by its keys otherwise.
         family: the base model's architecture, where keys alone do not tell.
@@ -124,21 +127,37 @@ def convert(
     Raises:
         LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
     """
-    options = {
-        "to": to,
-        "from": from_,
-        "family": family,
-        "dtype": dtype,
-        "strength": strength,
-        "unknown": unknown,
-        "lossy": lossy,
-    }
+    options = _options(to, from_, family, dtype, strength, unknown, lossy)
     native = _native(src, family, from_)
     if dst is not None:
-        return reports._report(native.convert(os.fspath(dst), json.dumps(options), overwrite, progress))
-    adapter = Adapter(native, options=options, framework=framework_of(src))
-    adapter._plan(None)  # what cannot be converted is an error now, not when tensors are asked for
-    return adapter
+        return reports._report(native.convert(os.fspath(dst), options, overwrite, progress))
+    converted, report = native.converted(options, progress)
+    # Unknown keys that were asked to be kept are part of the result.
+    return Adapter(converted, options={"unknown": "keep"}, framework=framework_of(src), report=reports._report(report))
+
+
+def _options(
+    to: str,
+    from_: str | None,
+    family: str | None,
+    dtype: str,
+    strength: float,
+    unknown: str,
+    lossy: str,
+) -> str:
+    """The keyword arguments as the native module takes them; values of the wrong type are errors here."""
+    words = {"to": to, "dtype": dtype, "unknown": unknown, "lossy": lossy}
+    optional = {"from": from_, "family": family}
+    for name, value in {**words, **{k: v for k, v in optional.items() if v is not None}}.items():
+        if not isinstance(value, str):
+            raise usage_error(f"`{name}` is {value!r}", "pass a string")
+    try:
+        factor = float(strength)
+    except (TypeError, ValueError):
+        factor = math.nan
+    if isinstance(strength, str) or not math.isfinite(factor):
+        raise usage_error(f"`strength` is {strength!r}", "pass a finite number")
+    return json.dumps({**words, **optional, "strength": factor})
 
 
 def convert_state_dict(
@@ -153,20 +172,11 @@ def convert_state_dict(
     lossy: Lossy = "error",
 ) -> dict[str, Any]:
     """Converts a dict of torch or numpy tensors into a new dict; tensors keep their framework and device."""
-    adapter = convert(
-        state_dict,
-        to=to,
-        from_=from_,
-        family=family,
-        dtype=dtype,
-        strength=strength,
-        unknown=unknown,
-        lossy=lossy,
-    )
+    options = _options(to, from_, family, dtype, strength, unknown, lossy)
+    plan = _native(state_dict, family, from_).plan(options)
     if framework_of(state_dict) != "torch":
-        return adapter.to_numpy()
-    device = next(iter(state_dict.values())).device
-    return fill_torch(adapter._plan(None), device)
+        return fill_numpy(plan)
+    return fill_torch(plan, next(iter(state_dict.values())).device)
 
 
 def register_table(table: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 
 class LorafmtError(Exception):
@@ -64,4 +65,7 @@ def _from_native(kind: str, message: str, document: str) -> LorafmtError:
     fields = json.loads(document)
     error = _KINDS[kind](message)
     error.code, error.hint, error.path, error.key = (fields[name] for name in ("code", "hint", "path", "key"))
+    # The hints speak of the command line; say them in the words of the functions.
+    hint = (error.hint or "").replace("`--force`", "`overwrite=True`").replace("`--table FILE`", "`register_table`")
+    error.hint = re.sub(r"--(\w+) (\w+)", r'\1="\2"', hint).replace("from=", "from_=")
     return error

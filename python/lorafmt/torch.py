@@ -29,12 +29,9 @@ def save_file(
 
     Tensors may share storage, unlike in ``safetensors.torch``: each is written in full.
     """
-    options = {"to": dialect} if dialect else None
-    if options is None:
-        plan = _lorafmt.Plan.raw(native_source(tensors))
-        plan.write(os.fspath(filename), list((metadata or {}).items()), True)
-        return
-    adapter = convert(tensors, to=options["to"])
-    plan = adapter._plan(None)
-    entries = {**dict(plan.metadata()), **(metadata or {})}
+    if dialect is None:
+        plan, entries = _lorafmt.Plan.raw(native_source(tensors)), dict(metadata or {})
+    else:
+        plan = convert(tensors, to=dialect)._plan(dialect)
+        entries = {**dict(plan.metadata()), **(metadata or {})}
     plan.write(os.fspath(filename), list(entries.items()), True)

@@ -65,6 +65,26 @@ def test_dict_in_dict_out_keeps_the_framework() -> None:
     assert all(isinstance(t, np.ndarray) for t in arrays.values())
 
 
+def test_a_converted_adapter_is_what_it_says(path: Path) -> None:
+    """Strength and element type are in the result, whatever is done with it next."""
+    half = lorafmt.convert(path, to="kohya", strength=0.5)
+    assert (half.dialect, half[PATH].scale) == ("kohya", 0.25)
+    assert not lorafmt.diff(half, path)
+    again = lorafmt.convert(half, to="diffusers", dtype="bf16")
+    expected = 0.5 * lorafmt.open(path)[PATH].delta(dtype="float64")
+    error = np.linalg.norm(again[PATH].delta(dtype="float64") - expected) / np.linalg.norm(expected)
+    assert 0 < error < 2**-8
+    assert half.report is not None and half.report.fidelity == "rescaled"
+    assert lorafmt.open(path).report is None
+
+
+@pytest.mark.parametrize("strength", [0.0, 1e-300])
+@pytest.mark.parametrize("to", ["kohya", "diffusers", "comfyui"])
+def test_no_strength_leaves_no_delta(path: Path, to: str, strength: float) -> None:
+    """An alpha of zero would be read as "not set"."""
+    assert np.abs(lorafmt.convert(path, to=to, strength=strength)[PATH].delta()).max() == 0.0
+
+
 def test_strided_tensors_are_read_right() -> None:
     state = small()
     strided = {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in state.items()}
@@ -160,6 +180,10 @@ def test_the_report_accounts_for_every_tensor(path: Path, tmp_path: Path) -> Non
         (lambda p: lorafmt.convert(p, to="nonsense"), ValueError, "invalid-argument"),
         (lambda p: lorafmt.convert(p, dtype="int3"), ValueError, "invalid-argument"),
         (lambda p: lorafmt.convert(p, strength=float("nan")), ValueError, "invalid-argument"),
+        (lambda p: lorafmt.convert(p, strength="0.5"), ValueError, "invalid-argument"),
+        (lambda p: lorafmt.convert(p, lossy=True), ValueError, "invalid-argument"),
+        (lambda p: lorafmt.convert(p, to=None), ValueError, "invalid-argument"),
+        (lambda p: lorafmt.convert(p, dtype=torch.bfloat16), ValueError, "invalid-argument"),
         (lambda p: lorafmt.convert(p, to="xlabs"), NotImplementedError, "unsupported-module"),
         (lambda p: lorafmt.convert(p, family="chroma", unknown="error"), ValueError, "unknown-key"),
         (lambda p: lorafmt.convert(b"PK\x03\x04 and so on"), ValueError, "pickle-file"),

@@ -8,11 +8,14 @@ use std::sync::mpsc;
 /// Files that are worked on at a time. Each is computed by the whole pool, so more would only hold more files open.
 const FILES_AT_A_TIME: usize = 4;
 
+/// More threads than this only cost the time to start them.
+const MOST_THREADS: usize = 256;
+
 /// Sets the size of the computing pool; without a wish rayon makes it as wide as the machine, when it is first used.
 pub(crate) fn configure(jobs: Option<NonZeroUsize>) {
     if let Some(jobs) = jobs {
         // Fails if the pool exists already (Python calls `run` several times in one process); the first wish stays.
-        let _ = rayon::ThreadPoolBuilder::new().num_threads(jobs.get()).build_global();
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(jobs.get().min(MOST_THREADS)).build_global();
     }
 }
 

@@ -57,8 +57,6 @@ pub struct Adapter {
     pub modules: BTreeMap<ModuleKey, Placed>,
     /// Input tensors that no table knows.
     pub unknown: Vec<usize>,
-    /// Input tensors that only say something about others (`reshape_weight`) and are used up by reading.
-    pub notes: Vec<usize>,
     /// What deserves a word.
     pub warnings: Vec<Warning>,
     /// The `adapter_config.json` that was read.

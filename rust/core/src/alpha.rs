@@ -33,15 +33,15 @@ enum Pattern {
 }
 
 impl Pattern {
-    fn parse(text: &str) -> Self {
+    fn parse(text: &str) -> Result<Self> {
         let special = |c: char| "^$*+?()[]{}|\\".contains(c);
         if !text.contains(special) {
-            return Pattern::Tail(text.to_owned());
+            return Ok(Pattern::Tail(text.to_owned()));
         }
-        match Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")) {
-            Ok(expression) => Pattern::Expression(expression),
-            Err(_) => Pattern::Tail(text.to_owned()),
-        }
+        Regex::new(&format!(r"^(?:.*\.)?(?:{text})$")).map(Pattern::Expression).map_err(|e| {
+            let message = format!("the pattern `{text}` of `alpha_pattern` is not understood: {e}");
+            Error::new(Code::InvalidConfig, message).hint("write it without look-around, or name the modules")
+        })
     }
 
     fn matches(&self, path: &str) -> bool {
@@ -58,6 +58,8 @@ impl Pattern {
 #[derive(Debug, Clone, Default)]
 pub struct AlphaConfig {
     scopes: Vec<Scope>,
+    /// The factor that PEFT puts on a LoKr of two full factors, whose shapes tell no rank.
+    full_lokr: Option<f64>,
 }
 
 /// The scale of one module.
@@ -92,20 +94,34 @@ impl AlphaConfig {
     /// Reads the header's metadata and, if given, the text of an `adapter_config.json`.
     pub fn read(source: &Source, config: Option<(&Path, &str)>) -> Result<Self> {
         let mut scopes = Vec::new();
+        let mut full_lokr = None;
         if let Some(text) = source.metadata_value("lora_adapter_metadata") {
             let json = parse_json(text).map_err(|e| e.key("lora_adapter_metadata").at(source.path()))?;
-            scopes.extend(by_component(&json));
+            let named = |e: Error| e.key("lora_adapter_metadata").at(source.path());
+            // Of a whole pipeline the options carry the component's name, of a single model they do not.
+            scopes.extend(by_component(&json).map_err(named)?);
+            scopes.extend(scope(None, AlphaSource::Metadata, |name| json.get(name).cloned()).map_err(named)?);
         }
         if let Some(text) = source.metadata_value("adapter_config") {
             let json = parse_json(text).map_err(|e| e.key("adapter_config").at(source.path()))?;
-            scopes.extend(scope(None, AlphaSource::Metadata, |name| json.get(name).cloned()));
+            let read = scope(None, AlphaSource::Metadata, |name| json.get(name).cloned());
+            scopes.extend(read.map_err(|e| e.key("adapter_config").at(source.path()))?);
         }
         scopes.extend(plain(source.metadata()));
         if let Some((path, text)) = config {
             let json = parse_json(text).map_err(|e| e.at(path))?;
-            scopes.extend(scope(None, AlphaSource::Config, |name| json.get(name).cloned()));
+            scopes.extend(scope(None, AlphaSource::Config, |name| json.get(name).cloned()).map_err(|e| e.at(path))?);
+            let number = |name: &str| json.get(name).and_then(as_number);
+            if json.get("peft_type").and_then(Value::as_str) == Some("LOKR") {
+                full_lokr = number("alpha").zip(number("r")).map(|(alpha, r)| alpha / r);
+            }
         }
-        Ok(Self { scopes })
+        Ok(Self { scopes, full_lokr })
+    }
+
+    /// The factor on a LoKr of two full factors; other trainers than PEFT have none.
+    pub fn full_lokr(&self) -> Option<f64> {
+        self.full_lokr
     }
 
     /// The scale of a module of `rank` that the file calls `path` (without prefix), with or without an alpha tensor.
@@ -136,32 +152,35 @@ fn parse_json(text: &str) -> Result<Value> {
 }
 
 /// diffusers' `lora_adapter_metadata`: keys are `<component>.<PEFT option>`.
-fn by_component(json: &Value) -> Vec<Scope> {
+fn by_component(json: &Value) -> Result<Vec<Scope>> {
     let mut components: BTreeMap<&str, BTreeMap<&str, &Value>> = BTreeMap::new();
     for (key, value) in json.as_object().into_iter().flatten() {
         if let Some((component, option)) = key.split_once('.') {
             components.entry(component).or_default().insert(option, value);
         }
     }
-    let scopes = components.into_iter().flat_map(|(component, options)| {
-        scope(Some(component), AlphaSource::Metadata, |name| options.get(name).map(|v| (*v).clone()))
+    let scopes = components.into_iter().filter_map(|(component, options)| {
+        scope(Some(component), AlphaSource::Metadata, |name| options.get(name).map(|v| (*v).clone())).transpose()
     });
     scopes.collect()
 }
 
-/// One PEFT configuration.
-fn scope(component: Option<&str>, origin: AlphaSource, get: impl Fn(&str) -> Option<Value>) -> Option<Scope> {
+/// One PEFT configuration, if it says anything about scales. LoRA calls it `lora_alpha`, LoHa and LoKr `alpha`.
+fn scope(component: Option<&str>, origin: AlphaSource, get: impl Fn(&str) -> Option<Value>) -> Result<Option<Scope>> {
     let number = |name: &str| get(name).and_then(|v| as_number(&v));
-    let alpha = number("lora_alpha");
+    let alpha = number("lora_alpha").or_else(|| number("alpha"));
     let patterns: Vec<(Pattern, f64)> = match get("alpha_pattern") {
-        Some(Value::Object(map)) => map.iter().filter_map(|(k, v)| Some((Pattern::parse(k), as_number(v)?))).collect(),
+        Some(Value::Object(map)) => {
+            let numbers = map.iter().filter_map(|(k, v)| Some((k, as_number(v)?)));
+            numbers.map(|(k, v)| Ok((Pattern::parse(k)?, v))).collect::<Result<_>>()?
+        }
         _ => Vec::new(),
     };
     let rslora = get("use_rslora").is_some_and(|v| v == Value::Bool(true));
     if alpha.is_none() && patterns.is_empty() {
-        return None;
+        return Ok(None);
     }
-    Some(Scope { component: component.map(str::to_owned), origin, alpha, patterns, rslora })
+    Ok(Some(Scope { component: component.map(str::to_owned), origin, alpha, patterns, rslora }))
 }
 
 /// `lora_alpha` and its like as entries of their own, for a component (`transformer.lora_alpha`) or the whole file.
@@ -250,6 +269,22 @@ mod tests {
         assert_eq!(resolve(&[], config, "blocks.0.attn.to_q", 16, None).value, 1.0);
         assert_eq!(resolve(&[], config, "blocks.1.attn.to_k", 16, None).value, 2.0);
         assert_eq!(resolve(&[], config, "blocks.0.xattn.to_q", 16, None).value, 4.0);
+    }
+
+    #[test]
+    fn metadata_of_a_single_model_has_no_component() {
+        let meta = [("lora_adapter_metadata", r#"{"r": 4, "lora_alpha": 32}"#)];
+        assert_eq!(resolve(&meta, None, "a", 4, None).value, 8.0);
+        // LoHa's and LoKr's configurations say `alpha`.
+        assert_eq!(resolve(&[], Some(r#"{"peft_type": "LOHA", "alpha": 16}"#), "a", 4, None).value, 4.0);
+    }
+
+    #[test]
+    fn a_pattern_that_is_not_understood_is_an_error() {
+        let meta = source(&[("lora_adapter_metadata", r#"{"alpha_pattern": {"(?!x)q": 2}}"#)]);
+        let error = AlphaConfig::read(&meta, None).expect_err("look-around");
+        assert_eq!(error.code(), Code::InvalidConfig);
+        assert!(error.message().contains("(?!x)q"));
     }
 
     #[test]

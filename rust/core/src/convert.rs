@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::adapter::Adapter;
+use crate::cast::Loss;
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::dtype::Dtype;
 use crate::encode::{EncodeOptions, Unknown, encode};
 use crate::error::{Code, Error, Result};
-use crate::io::{Control, Layout, Source, WriteOptions, write_file, write_text, write_to};
+use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing, write_file, write_to};
 use crate::kind::Kind;
 use crate::plan::Plan;
 use crate::report::{Report, SourceReport, TargetReport, Warning};
@@ -102,10 +103,11 @@ pub fn convert(adapter: &Adapter, options: &ConvertOptions, target: Target<'_>, 
     let plan = plan(adapter, options, folder)?;
     let layout = Layout::new(&plan.outputs, &plan.metadata);
     let mut written: Option<PathBuf> = None;
-    let overflow = match target {
-        Target::Nowhere => false,
+    let loss = match target {
+        Target::Nowhere => Loss::default(),
         Target::Stream(out) => write_to(out, &layout, control)?,
         Target::File(path, write) if folder => {
+            refuse_same(adapter.source.path(), &path.join("adapter_model.safetensors"))?;
             written = Some(path.to_path_buf());
             write_folder(path, &plan, &layout, write, control)?
         }
@@ -118,9 +120,15 @@ pub fn convert(adapter: &Adapter, options: &ConvertOptions, target: Target<'_>, 
     let mut report = report(adapter, &plan, &dialect.name, layout.len());
     report.target.path = written.map(|p| p.to_string_lossy().into_owned());
     report.seconds = started.elapsed().as_secs_f64();
-    if overflow {
-        let detail = "a finite value became infinite in the output's element type; choose `--dtype bf16` or `fp32`";
-        report.warnings.push(Warning::new("overflow", None, detail));
+    let ranges = [
+        (loss.overflow, "overflow", "finite values became infinite"),
+        (loss.underflow, "underflow", "values that are not zero became zero"),
+    ];
+    for (happened, code, what) in ranges {
+        if happened {
+            let detail = format!("{what} in the output's element type; choose `--dtype bf16` or `fp32`");
+            report.warnings.push(Warning::new(code, None, detail));
+        }
     }
     Ok(report)
 }
@@ -148,30 +156,29 @@ pub fn report(adapter: &Adapter, plan: &Plan, dialect: &str, bytes: usize) -> Re
 
 /// Whether an output path means a folder: it is one, or has no `.safetensors` at its end.
 pub fn is_folder_name(path: &Path) -> bool {
-    path.is_dir() || path.extension().is_none_or(|e| e != "safetensors")
+    path.is_dir() || path.extension().is_none_or(|e| !e.eq_ignore_ascii_case("safetensors"))
 }
 
-/// What PEFT's `save_pretrained` writes. The configuration comes last: without it the tensors are not taken for whole.
+/// What PEFT's `save_pretrained` writes. Both files are whole before either gets its name.
 fn write_folder(
     folder: &Path,
     plan: &Plan,
     layout: &Layout<'_>,
     write: WriteOptions,
     control: &Control,
-) -> Result<bool> {
+) -> Result<Loss> {
     let tensors = folder.join("adapter_model.safetensors");
     let (name, text) = plan.sidecar.as_ref().expect("a folder was asked for");
     let config = folder.join(name);
-    for path in [&tensors, &config] {
-        if !write.overwrite && path.symlink_metadata().is_ok() {
-            return Err(Error::new(Code::OutputExists, "the output exists already").at(path));
-        }
-    }
+    refuse_existing(&tensors, write)?;
+    refuse_existing(&config, write)?;
     let created = !folder.exists();
     std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e))?;
-    let result = write_file(&tensors, layout, write, control).and_then(|overflow| {
-        write_text(&config, text, write)?;
-        Ok(overflow)
+    let result = Pending::tensors(&tensors, layout, control).and_then(|(pending, loss)| {
+        let described = Pending::text(&config, text)?;
+        pending.commit(write)?;
+        described.commit(write)?;
+        Ok(loss)
     });
     if result.is_err() && created {
         // Nothing but what this call made can be in it.

@@ -21,6 +21,30 @@ use crate::tensor::Tensor;
 struct Group<'s> {
     hit: Hit,
     slots: BTreeMap<Slot, (usize, SuffixMatch<'s>)>,
+    /// The first claim under the same name, if this is a further one.
+    first: Option<usize>,
+}
+
+impl Group<'_> {
+    /// Whether a tensor belongs to this claim: its slot is free, and of a pair both halves are spelled alike.
+    fn takes(&self, slot: Slot, suffix: &SuffixMatch<'_>) -> bool {
+        let other = match slot {
+            Slot::Down => Slot::Up,
+            Slot::Up => Slot::Down,
+            _ => return !self.slots.contains_key(&slot),
+        };
+        !self.slots.contains_key(&slot) && self.slots.get(&other).is_none_or(|(_, half)| half.is_paired_with(suffix))
+    }
+}
+
+/// An alpha is the module's, whatever the spelling of its factors: further claims under one name have it too.
+fn share_alphas(groups: &mut [Group<'_>]) {
+    for at in 0..groups.len() {
+        let alpha = groups[at].first.and_then(|first| groups[first].slots.get(&Slot::Alpha)).cloned();
+        if let Some(alpha) = alpha {
+            groups[at].slots.entry(Slot::Alpha).or_insert(alpha);
+        }
+    }
 }
 
 /// Reads an adapter; the first problem is an error. Unknown keys are none: they are in [`Adapter::unknown`].
@@ -43,14 +67,13 @@ pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: Giv
         family: detection.family,
         modules: BTreeMap::new(),
         unknown: (0..meanings.len()).filter(|&i| meanings[i].is_none()).collect(),
-        notes: Vec::new(),
         warnings: family_warning(registry, &detection).into_iter().collect(),
         detection,
         config_path: config.map(|(path, _)| path),
     };
     let mut decoder =
         Decoder { source, alphas: &alphas, problems: Vec::new(), conflicts: Vec::new(), zeros: Vec::new() };
-    for group in decoder.group(&meanings)? {
+    for group in decoder.group(&meanings) {
         decoder.place(&mut adapter, group);
     }
     decoder.summarise(&mut adapter);
@@ -88,43 +111,50 @@ struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
-    fn group<'s>(&mut self, meanings: &[Meaning<'s>]) -> Result<Vec<Group<'s>>> {
+    fn group<'s>(&mut self, meanings: &[Meaning<'s>]) -> Vec<Group<'s>> {
         let mut groups: Vec<Group<'s>> = Vec::new();
-        type GroupKey = (String, usize, usize, usize, Option<usize>, Vec<u32>);
-        let mut index: FxHashMap<GroupKey, usize> = FxHashMap::default();
+        // The path as written belongs to the key: `attn_to_q` and `attn_to_q_` are two claims on one module. So do
+        // two spellings of one slot, of which the second opens a further claim.
+        type GroupKey<'k> = (&'k str, usize, usize, Option<usize>, bool, usize);
+        let mut index: FxHashMap<GroupKey<'s>, usize> = FxHashMap::default();
         let mut adapter: Option<(&str, usize)> = None;
         for (i, meaning) in meanings.iter().enumerate() {
             let Some((read, hit)) = meaning else { continue };
             if let Some(name) = read.suffix.adapter {
-                match adapter {
-                    Some((first, at)) if first != name => {
-                        let keys = (&self.source.tensors()[at].name, &self.source.tensors()[i].name);
-                        let message = format!(
-                            "the file holds two adapters, `{first}` (`{}`) and `{name}` (`{}`)",
-                            keys.0, keys.1
-                        );
-                        return Err(Error::new(Code::SeveralAdapters, message).key(keys.1).at(self.source.path()));
-                    }
-                    Some(_) => {}
-                    None => adapter = Some((name, i)),
+                let (first, at) = *adapter.get_or_insert((name, i));
+                if first != name {
+                    self.report_second_adapter((first, at), (name, i));
+                    continue;
                 }
             }
-            let key = (hit.prefix.clone(), hit.component, hit.namespace, hit.row, hit.part, hit.variables.clone());
-            let at = *index.entry(key).or_insert_with(|| {
-                groups.push(Group { hit: hit.clone(), slots: BTreeMap::new() });
-                groups.len() - 1
-            });
             let slot = self.exact_slot(read.suffix.slot, i);
-            match groups[at].slots.entry(slot) {
-                Entry::Vacant(entry) => drop(entry.insert((i, read.suffix.clone()))),
-                Entry::Occupied(entry) => {
-                    let (one, two) = (&self.source.tensors()[entry.get().0].name, &self.source.tensors()[i].name);
-                    let message = format!("`{one}` and `{two}` are the same tensor of the same module");
-                    self.problems.push(Error::new(Code::DuplicateModule, message).key(two));
+            let mut first = None;
+            for claim in 0.. {
+                let key = (read.suffix.base, hit.component, hit.row, hit.part, hit.with_param, claim);
+                let at = *index.entry(key).or_insert_with(|| {
+                    groups.push(Group { hit: hit.clone(), slots: BTreeMap::new(), first });
+                    groups.len() - 1
+                });
+                first = first.or(Some(at));
+                if groups[at].takes(slot, &read.suffix) {
+                    groups[at].slots.insert(slot, (i, read.suffix.clone()));
+                    break;
                 }
             }
         }
-        Ok(groups)
+        share_alphas(&mut groups);
+        groups
+    }
+
+    /// Once a pair: further keys of the second adapter say nothing new.
+    fn report_second_adapter(&mut self, first: (&str, usize), second: (&str, usize)) {
+        if self.problems.iter().any(|p| p.code() == Code::SeveralAdapters) {
+            return;
+        }
+        let key = |at: usize| self.source.tensors()[at].name.as_str();
+        let (one, two) = (key(first.1), key(second.1));
+        let message = format!("the file holds two adapters, `{}` (`{one}`) and `{}` (`{two}`)", first.0, second.0);
+        self.problems.push(Error::new(Code::SeveralAdapters, message).key(two));
     }
 
     /// Which magnitude it is shows only in the shape: `[1, in]` is over the input axis.
@@ -140,8 +170,7 @@ impl Decoder<'_> {
         let component = group.hit.component;
         let row = adapter.component(component).rows[group.hit.row].clone();
         let module = match self.build(adapter, &group, &row) {
-            Ok(Some(module)) => module,
-            Ok(None) => return,
+            Ok(module) => module,
             Err(problem) => return self.problems.push(problem),
         };
         for (path, address, module) in canonical(&group.hit, &row, module) {
@@ -169,14 +198,8 @@ impl Decoder<'_> {
         }
     }
 
-    /// One module of the file; `None` if the group only holds notes.
-    fn build(&mut self, adapter: &mut Adapter, group: &Group<'_>, row: &Row) -> Result<Option<Module>> {
-        if let Some((index, _)) = group.slots.get(&Slot::Reshape) {
-            adapter.notes.push(*index);
-            if group.slots.len() == 1 {
-                return Ok(None);
-            }
-        }
+    /// One module of the file.
+    fn build(&mut self, adapter: &Adapter, group: &Group<'_>, row: &Row) -> Result<Module> {
         let kind = self.kind(group)?;
         self.check_complete(adapter, group, kind)?;
         let mut tensors: BTreeMap<Slot, Tensor> = BTreeMap::new();
@@ -191,13 +214,13 @@ impl Decoder<'_> {
             tensors.insert(Slot::Magnitude, magnitude.reshaped(vec![rows]));
         }
         let mut module = Module::new(kind, tensors);
-        module.inputs = group.slots.iter().filter(|(s, _)| **s != Slot::Reshape).map(|(_, (i, _))| *i).collect();
+        module.inputs = group.slots.values().map(|(index, _)| *index).collect();
         self.resolve_scale(adapter, group, row, &mut module)?;
         if let Some(bias) = module.tensors.remove(&Slot::Bias) {
             // PEFT multiplies the bias of `lora_B` with the scale; a bias difference stands by itself.
             module.tensors.insert(Slot::DiffB, bias.scaled(module.scale));
         }
-        Ok(Some(module))
+        Ok(module)
     }
 
     fn kind(&self, group: &Group<'_>) -> Result<Kind> {
@@ -242,6 +265,11 @@ impl Decoder<'_> {
                 .find(|(s, _)| s.kind() == Some(kind))
                 .map(|(_, v)| v)
                 .expect("the kind came from a slot");
+            if kind == Kind::Ia3 {
+                let name = &self.source.tensors()[*index].name;
+                let message = format!("`{name}` is a whole weight: this looks like a model, not an adapter to one");
+                return Err(Error::new(Code::NotAnAdapter, message).key(name));
+            }
             let have = &self.source.tensors()[*index].name;
             let want = adapter.registry.partner(found, *missing);
             return Err(Error::new(Code::UnpairedModule, format!("`{have}` lacks its partner `{want}`")).key(have));
@@ -320,6 +348,13 @@ impl Decoder<'_> {
             }
             Kind::Lokr if shape(Slot::LokrT2).is_none() => {
                 let product = |whole, a, b| dims(whole).or_else(|| Some((dims(a)?.0, dims(b)?.1)));
+                for (a, b) in [(Slot::LokrW1A, Slot::LokrW1B), (Slot::LokrW2A, Slot::LokrW2B)] {
+                    if let (Some((_, have)), Some((want, _))) = (dims(a), dims(b))
+                        && have != want
+                    {
+                        return fail(a, format!("{want} columns, the rank of its partner"));
+                    }
+                }
                 let w1 = product(Slot::LokrW1, Slot::LokrW1A, Slot::LokrW1B).unwrap_or((0, 0));
                 let w2 = product(Slot::LokrW2, Slot::LokrW2A, Slot::LokrW2B).unwrap_or((0, 0));
                 if w1.0 * w2.0 != output || !row.inputs.contains(&(w1.1 * w2.1)) {
@@ -337,7 +372,12 @@ impl Decoder<'_> {
         let index = group.slots.get(&Slot::Alpha).map(|(index, _)| *index);
         module.alpha = index.map(|i| Tensor::input(self.source, i));
         // Without a decomposed factor there is no rank to divide by, and trainers store any number there.
-        let Some(rank) = rank_of(&module.tensors) else { return Ok(()) };
+        let Some(rank) = rank_of(&module.tensors) else {
+            if let (Some(factor), Some(w1)) = (self.alphas.full_lokr(), module.tensors.get_mut(&Slot::LokrW1)) {
+                *w1 = w1.clone().scaled(factor);
+            }
+            return Ok(());
+        };
         let tensor = index.map(|i| read_alpha(self.source, i)).transpose()?;
         // PEFT's patterns are over the names that the file itself uses.
         let own = match (group.hit.namespace, group.hit.part) {

@@ -110,7 +110,9 @@ fn choose_family(
         }
         return Ok((family, vec![family], None));
     }
-    if best == 0 {
+    // Text encoders are shared by many families: beside unknown keys they prove none.
+    let main = reads.iter().flatten().any(|read| read.hits.iter().any(|hit| hit.component == 0));
+    if best == 0 || (!main && reads.iter().any(Option::is_none)) {
         return Err(no_family(registry, source, reads, None));
     }
     let tied: Vec<usize> = (0..scores.len()).filter(|&f| scores[f] == best).collect();
@@ -156,19 +158,23 @@ fn hinted<'h>(source: &Source, candidates: impl Iterator<Item = (usize, &'h [Str
 fn no_family(registry: &Registry, source: &Source, reads: &[Option<Read<'_>>], given: Option<usize>) -> Error {
     let pairs = || reads.iter().zip(source.tensors()).filter_map(|(r, t)| Some((r.as_ref()?, t)));
     let wrong_shape = pairs().find(|(r, _)| given.is_none_or(|f| hit_in(r, f).is_some()));
-    let wrong_shape = wrong_shape.filter(|(r, _)| !r.hits.is_empty());
+    let misfit = |(read, info): &(&Read<'_>, &TensorInfo)| {
+        !read.hits.iter().any(|hit| fits(registry, hit, read.suffix.slot, &info.shape))
+    };
+    let wrong_shape = wrong_shape.filter(|(r, _)| !r.hits.is_empty()).filter(misfit);
     if let Some((read, info)) = wrong_shape {
         let family = given.unwrap_or(read.hits[0].family);
         let name = &registry.families[family].name;
         let message = format!("`{}` has shape {:?}, which no module of that name has in {name}", info.name, info.shape);
         return Error::new(Code::ShapeMismatch, message).key(&info.name).at(source.path());
     }
-    let key = source.tensors().first().map_or("", |t| t.name.as_str());
+    let strange = reads.iter().zip(source.tensors()).find(|(read, _)| read.is_none()).map(|(_, info)| info);
+    let key = strange.or(source.tensors().first()).map_or("", |t| t.name.as_str());
     let what = match given {
         Some(family) => format!("no key belongs to {}", registry.families[family].name),
-        None => "no key belongs to a known model family".to_owned(),
+        None => "the keys belong to no known model family".to_owned(),
     };
-    let error = Error::new(Code::UnknownFamily, format!("{what}; the first is `{key}`")).key(key).at(source.path());
+    let error = Error::new(Code::UnknownFamily, format!("{what}; one is `{key}`")).key(key).at(source.path());
     let names: Vec<&str> = registry.families.iter().map(|f| f.name.as_str()).collect();
     error.hint(format!("known families: {}; `--table FILE` adds one", names.join(", ")))
 }

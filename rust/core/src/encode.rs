@@ -116,7 +116,7 @@ impl<'a> Encoder<'a> {
                 _ => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
             };
             let module = self.without_bias(dialect, members[0].0, module)?;
-            if let Some(reason) = self.unspellable(dialect, &module) {
+            if let Some(reason) = self.unspellable(dialect, row, &module) {
                 self.lose(Code::UnsupportedKind, members[0].0, &module, &reason)?;
                 continue;
             }
@@ -174,8 +174,10 @@ impl<'a> Encoder<'a> {
                 Op::Fuse => first.module.cut(&row.outputs.clone().into(), 0),
                 _ => first.module.swap_halves(),
             },
-            (1.., _) if members.len() == 1 => Ok(first.module.clone()),
-            (1.., _) => Err(Refusal("is claimed twice: whole and in parts".to_owned())),
+            _ if members.len() > 1 && members.iter().any(|(_, m)| m.address.namespace > 0) => {
+                Err(Refusal("is claimed twice: whole and in parts".to_owned()))
+            }
+            (1.., _) => Ok(first.module.clone()),
             (0, 0) => Ok(first.module.tightened()),
             (0, _) => match row.op {
                 Op::Rename | Op::Only => Ok(first.module.tightened()),
@@ -217,8 +219,9 @@ impl<'a> Encoder<'a> {
             return Ok(module);
         }
         if let Some(bias) = module.tensors.remove(&Slot::DiffB) {
-            let mut lost = Module::new(Kind::Bias, BTreeMap::new());
-            lost.inputs = bias.inputs();
+            let inputs = bias.inputs();
+            let mut lost = Module::new(Kind::Bias, BTreeMap::from([(Slot::DiffB, bias)]));
+            lost.inputs = inputs;
             self.lose(Code::UnsupportedKind, key, &lost, "has a bias, which it cannot hold")?;
             module.inputs.retain(|input| !lost.inputs.contains(input));
         }
@@ -226,16 +229,19 @@ impl<'a> Encoder<'a> {
     }
 
     /// Why the dialect cannot spell a module, if it cannot.
-    fn unspellable(&self, dialect: &Dialect, module: &Module) -> Option<String> {
+    fn unspellable(&self, dialect: &Dialect, row: &Row, module: &Module) -> Option<String> {
         let spells = |slot: Slot| dialect.spelling.contains_key(&slot);
+        // The bias of `lora_B` belongs to a layer; a norm has none.
+        let layer = row.op != Op::Only;
         module.tensors.keys().find_map(|&slot| match slot {
-            Slot::DiffB if spells(Slot::DiffB) || spells(Slot::Bias) => None,
+            Slot::DiffB if spells(Slot::DiffB) || (layer && spells(Slot::Bias)) => None,
             slot if spells(slot) => None,
             Slot::MagnitudeIn => {
                 Some("is DoRA over the input axis, which it cannot hold without the base weights".to_owned())
             }
             Slot::Magnitude => Some("is DoRA, which it cannot hold".to_owned()),
             Slot::DiffB => Some("has a bias, which it cannot hold".to_owned()),
+            Slot::Mid => Some("has a Tucker core (`lora_mid`), which it cannot hold".to_owned()),
             _ => Some(format!("is {}, which it cannot hold", module.kind.name())),
         })
     }
@@ -252,6 +258,9 @@ impl<'a> Encoder<'a> {
             // PEFT multiplies a bias with the scale, so such a module is better off with scale 1.
             AlphaPolicy::Config => is_lora && self.options.sidecar && !bias_scales,
         };
+        // A scale that an alpha cannot say (zero means "not set", and it must be finite) goes into the factors.
+        let alpha = module.rank().map_or(1.0, |rank| (module.scale * rank as f64) as f32);
+        let keep = keep && (module.alpha.is_some() || (alpha.is_finite() && alpha != 0.0));
         spelled.configured = dialect.alpha == AlphaPolicy::Config && keep;
         if !keep || module.rank().is_none() {
             let alpha = if spells_alpha { module.alpha.clone() } else { None };
@@ -390,9 +399,6 @@ impl<'a> Encoder<'a> {
             let detail = format!("{modules} modules have no loader in `{}`; they are carried along", self.dialect.name);
             self.warnings.push(Warning::new("carried-component", Some(name), detail));
         }
-        for &note in &self.adapter.notes {
-            self.fates[note] = Fate::Used;
-        }
         if self.dialect.alpha == AlphaPolicy::Config {
             let config = peft::config(&spelled);
             if self.options.sidecar {
@@ -405,6 +411,9 @@ impl<'a> Encoder<'a> {
         if used == 0 {
             let message = format!("no module has a place in `{}`: nothing would be written", self.dialect.name);
             return Err(Error::new(Code::NoModules, message).at(self.adapter.source.path()));
+        }
+        if self.options.strength != 1.0 {
+            plan.fidelity = plan.fidelity.max(Fidelity::Rescaled);
         }
         if !self.lost.is_empty() {
             plan.fidelity = Fidelity::Approximate;

@@ -8,7 +8,7 @@
 
 pub mod adapter;
 pub mod alpha;
-mod cast;
+pub mod cast;
 pub mod check;
 pub mod convert;
 pub mod decode;

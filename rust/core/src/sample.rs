@@ -31,6 +31,9 @@ pub struct SampleOptions {
     pub text_encoders: bool,
 }
 
+/// Largest rank of a sample: it is made in memory, and a full FLUX.1 file takes 9.6 MB a rank.
+const MAX_RANK: usize = 512;
+
 /// Makes a sample in memory.
 pub fn sample(registry: &Registry, options: &SampleOptions) -> Result<Source> {
     let family = registry.family(&options.family)?;
@@ -38,6 +41,12 @@ pub fn sample(registry: &Registry, options: &SampleOptions) -> Result<Source> {
     if !dialect.writes(family) {
         let message = format!("`{}` cannot be written for {}", dialect.name, registry.families[family].name);
         return Err(Error::new(Code::UnsupportedTarget, message));
+    }
+    if options.rank > MAX_RANK {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            format!("a sample of rank {} is over the limit of {MAX_RANK}", options.rank),
+        ));
     }
     if options.rank == 0 || !matches!(options.dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32) {
         return Err(Error::new(Code::InvalidArgument, "a sample needs a rank of at least 1 and bf16, fp16 or fp32"));

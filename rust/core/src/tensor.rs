@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::cast::{common_dtype, convert};
+use crate::cast::{Loss, common_dtype, convert};
 use crate::dtype::{Dtype, read_f64};
 use crate::io::Source;
 
@@ -394,6 +394,20 @@ impl Tensor {
         })
     }
 
+    /// Which columns hold anything but zeros in some rows. Stops as soon as all do.
+    pub fn used_columns(&self, rows: Range<usize>) -> Vec<bool> {
+        let mut used = vec![false; self.cols()];
+        for row in rows {
+            for (seen, value) in used.iter_mut().zip(self.rows_f64(row..row + 1)) {
+                *seen |= value != 0.0;
+            }
+            if used.iter().all(|u| *u) {
+                break;
+            }
+        }
+        used
+    }
+
     /// All elements as float64, row by row.
     pub fn to_f64(&self) -> Vec<f64> {
         self.rows_f64(0..self.rows())
@@ -422,15 +436,15 @@ impl Tensor {
         self.read(rows, buffer);
     }
 
-    /// Computes some rows into `out`, which must have exactly their size. Returns whether a finite element
-    /// overflowed to infinity.
-    pub fn read(&self, rows: Range<usize>, out: &mut [u8]) -> bool {
+    /// Computes some rows into `out`, which must have exactly their size. Returns whether values
+    /// left the range of the type.
+    pub fn read(&self, rows: Range<usize>, out: &mut [u8]) -> Loss {
         let (cols, size) = (self.cols(), self.dtype.size());
         assert_eq!(out.len(), rows.len() * cols * size, "output has the size of the rows");
         if !self.covers() {
             out.fill(0);
         }
-        let mut overflow = false;
+        let mut loss = Loss::default();
         for p in &self.pieces {
             let top = p.at.0.max(rows.start);
             let bottom = (p.at.0 + p.rows).min(rows.end);
@@ -443,16 +457,16 @@ impl Tensor {
                 let count = (bottom - top) * cols;
                 let source = &p.origin.bytes()[from..from + count * p.dtype.size()];
                 let target = &mut out[(top - rows.start) * cols * size..(bottom - rows.start) * cols * size];
-                overflow |= convert(p.dtype, source, p.scale, self.dtype, target);
+                loss |= convert(p.dtype, source, p.scale, self.dtype, target);
                 continue;
             }
             for row in top..bottom {
                 let source = p.row(row - p.at.0);
                 let start = ((row - rows.start) * cols + p.at.1) * size;
-                overflow |= convert(p.dtype, source, p.scale, self.dtype, &mut out[start..start + p.cols * size]);
+                loss |= convert(p.dtype, source, p.scale, self.dtype, &mut out[start..start + p.cols * size]);
             }
         }
-        overflow
+        loss
     }
 
     fn covers(&self) -> bool {
@@ -523,10 +537,11 @@ mod tests {
     }
 
     #[test]
-    fn overflow_is_seen() {
+    fn leaving_the_range_is_seen() {
         let t = f32s(&[1], &[1e30]).cast(Dtype::F16);
-        assert!(t.read(0..1, &mut [0, 0]));
-        assert!(!f32s(&[1], &[1.0]).cast(Dtype::F16).read(0..1, &mut [0, 0]));
+        assert!(t.read(0..1, &mut [0, 0]).overflow);
+        assert_eq!(f32s(&[1], &[1.0]).cast(Dtype::F16).read(0..1, &mut [0, 0]), Loss::default());
+        assert!(f32s(&[1], &[1e-9]).cast(Dtype::F16).read(0..1, &mut [0, 0]).underflow);
     }
 
     #[test]

@@ -4,17 +4,18 @@
 mod enter;
 mod source;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lorafmt_core::adapter::{Adapter as CoreAdapter, ModuleKey, Placed};
 use lorafmt_core::check::check as core_check;
 use lorafmt_core::convert::{self, ConvertOptions, Target};
 use lorafmt_core::decode::decode_lenient;
+use lorafmt_core::detect::Given;
 use lorafmt_core::dtype::Dtype;
 use lorafmt_core::encode::Unknown;
 use lorafmt_core::error::{Code, Error, Result};
-use lorafmt_core::io::{Layout, WriteOptions, write_file};
+use lorafmt_core::io::{Layout, Source, WriteOptions, write_file};
 use lorafmt_core::plan::{Output, Plan as CorePlan};
 use lorafmt_core::table::Registry;
 use lorafmt_core::tensor::Tensor;
@@ -169,6 +170,30 @@ impl Adapter {
         enter(py, None, |control| {
             let (_, placed) = self.find(name)?;
             source::delta_into(&placed.module, strength, &buffer, control)
+        })
+    }
+
+    /// Checks structure, pairs, shapes, names and values; JSON.
+    fn check(&self, py: Python<'_>) -> PyResult<String> {
+        enter(py, None, |_| {
+            let given = Given { family: Some(self.inner.family), dialect: None };
+            core_check(&self.inner.registry, &self.inner.source, given).map(|report| to_json(&report))
+        })
+    }
+
+    /// The adapter that a conversion makes, computed into memory, and the report as JSON.
+    #[pyo3(signature = (options, progress=None))]
+    fn converted(&self, py: Python<'_>, options: &str, progress: Option<Py<PyAny>>) -> PyResult<(Self, String)> {
+        let options = self::options(options);
+        enter(py, progress.as_ref(), |control| {
+            let (adapter, options) = (self.sound()?, options?);
+            let mut bytes = Vec::new();
+            let report = convert::convert(adapter, &options, Target::Stream(&mut bytes), control)?;
+            // A name of its own: beside the input's there may be a configuration, which has been applied by now.
+            let source = Source::from_bytes(Path::new("<converted>"), Box::new(bytes))?;
+            let given = Given { family: Some(adapter.family), dialect: None };
+            let (inner, problems) = decode_lenient(&adapter.registry, &Arc::new(source), given)?;
+            Ok((Self { inner, problems }, to_json(&report)))
         })
     }
 

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use lorafmt_core::cast::Loss;
 use lorafmt_core::io::{Layout, Source, WriteOptions, write_file, write_to};
 use lorafmt_core::plan::Output;
 use lorafmt_core::sample::{SampleOptions, sample};
@@ -41,7 +42,7 @@ pub(super) fn run(args: &SampleArgs, context: &mut Context) -> Result<ExitStatus
         let control = interrupt::control();
         progress.begin(&input.path.to_string_lossy(), &control);
         let written = match &goal {
-            _ if args.dry_run => Ok(false),
+            _ if args.dry_run => Ok(Loss::default()),
             Goal::Stdout => output::binary().and_then(|mut out| write_to(&mut out, &layout, &control)),
             Goal::File(path) => write_file(path, &layout, WriteOptions { overwrite: args.force }, &control),
         };

@@ -168,8 +168,10 @@ fn check_tensor(name: String, raw: &RawTensor, body: usize) -> Result<TensorInfo
     let Some(dtype) = Dtype::from_name(&raw.dtype) else {
         return bad(Code::InvalidHeader, format!("`{name}` has the unknown dtype `{}`", raw.dtype));
     };
-    let bytes = raw.shape.iter().try_fold(dtype.size() as u64, |n, &d| n.checked_mul(d));
-    let Some(bytes) = bytes else {
+    // The dimensions that are not zero must fit too: products of some of them are taken later.
+    let product = |dims: &[u64]| dims.iter().try_fold(dtype.size() as u64, |n, &d| n.checked_mul(d));
+    let nonzero: Vec<u64> = raw.shape.iter().copied().filter(|&d| d > 0).collect();
+    let (Some(bytes), Some(_)) = (product(&raw.shape), product(&nonzero)) else {
         return bad(Code::InvalidOffsets, format!("`{name}` has a shape whose size overflows: {:?}", raw.shape));
     };
     let (start, end) = raw.data_offsets;

@@ -6,4 +6,4 @@ mod write;
 
 pub use header::{Header, MAX_HEADER, TensorInfo, parse};
 pub use source::{Bytes, Source};
-pub use write::{Control, Layout, WriteOptions, write_file, write_text, write_to};
+pub use write::{Control, Layout, Pending, WriteOptions, refuse_existing, write_file, write_to};

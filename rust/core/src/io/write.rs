@@ -8,9 +8,11 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 
+use crate::cast::Loss;
 use crate::error::{Code, Error, Result};
 use crate::plan::Output;
 
@@ -151,89 +153,106 @@ impl<'a> Tile<'a> {
         self.parts.push(part);
     }
 
-    fn compute(&self, buffer: &mut Vec<u8>) -> bool {
+    fn compute(&self, buffer: &mut Vec<u8>) -> Loss {
         buffer.resize(self.bytes, 0);
         let mut rest = buffer.as_mut_slice();
-        let mut overflow = false;
+        let mut loss = Loss::default();
         for part in &self.parts {
             let (out, tail) = rest.split_at_mut(part.bytes);
-            overflow |= part.output.tensor.read(part.rows.clone(), out);
+            loss |= part.output.tensor.read(part.rows.clone(), out);
             rest = tail;
         }
-        overflow
+        loss
     }
 }
 
-/// Runs `write(tile start, bytes)` for every tile, on all threads of the current pool. Returns whether anything overflowed.
+/// Runs `write(tile start, bytes)` for every tile, on all threads of the current pool.
 fn each_tile(
     layout: &Layout<'_>,
     control: &Control,
     write: impl Fn(usize, &[u8]) -> Result<()> + Sync,
-) -> Result<bool> {
+) -> Result<Loss> {
     control.expect(layout.len);
-    let overflow = AtomicBool::new(false);
+    let total = Mutex::new(Loss::default());
     layout.tiles().into_par_iter().with_max_len(1).try_for_each_init(
         || Vec::with_capacity(TILE),
         |buffer, tile| {
             control.check()?;
-            if tile.compute(buffer) {
-                overflow.store(true, Ordering::Relaxed);
+            let loss = tile.compute(buffer);
+            if loss != Loss::default() {
+                *total.lock().unwrap_or_else(PoisonError::into_inner) |= loss;
             }
             write(tile.at, buffer)?;
             control.advance(tile.bytes);
             Ok(())
         },
     )?;
-    Ok(overflow.into_inner())
+    Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Writes the tensors to `path`, atomically. Returns the size in bytes and whether an element overflowed.
-///
-/// Without `overwrite` an existing file is refused, also one that appears while this runs.
-pub fn write_file(path: &Path, layout: &Layout<'_>, options: WriteOptions, control: &Control) -> Result<bool> {
-    refuse_existing(path, options)?;
-    let temp = temp_beside(path)?;
-    let overflow = {
+/// A file that is written whole but does not have its name yet. Dropping it removes it.
+pub struct Pending {
+    temp: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+impl Pending {
+    /// Writes the tensors beside `path`. Also returns whether values left the range of their type.
+    pub fn tensors(path: &Path, layout: &Layout<'_>, control: &Control) -> Result<(Self, Loss)> {
+        let temp = temp_beside(path)?;
         let file = temp.as_file();
         let fail = |e| Error::io(path, "write the file", e);
         file.set_len(layout.len as u64).map_err(fail)?;
         write_at(file, &layout.header, 0).map_err(fail)?;
-        let overflow = each_tile(layout, control, |at, bytes| write_at(file, bytes, at as u64).map_err(fail))?;
+        let loss = each_tile(layout, control, |at, bytes| write_at(file, bytes, at as u64).map_err(fail))?;
         file.sync_all().map_err(fail)?;
-        overflow
-    };
-    control.check()?;
-    persist(temp, path, options)?;
-    Ok(overflow)
+        control.check()?;
+        Ok((Self { temp, path: path.to_path_buf() }, loss))
+    }
+
+    /// Writes a text beside `path`.
+    pub fn text(path: &Path, text: &str) -> Result<Self> {
+        let temp = temp_beside(path)?;
+        let mut file = temp.as_file();
+        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+        written.map_err(|e| Error::io(path, "write the file", e))?;
+        Ok(Self { temp, path: path.to_path_buf() })
+    }
+
+    /// Gives it its name. Without `overwrite` an existing file is refused, also one that appeared meanwhile.
+    pub fn commit(self, options: WriteOptions) -> Result<()> {
+        let Self { temp, path } = self;
+        let result = if options.overwrite { temp.persist(&path) } else { temp.persist_noclobber(&path) };
+        result.map(drop).map_err(|e| Error::io(&path, "rename the finished file", e.error))
+    }
 }
 
-/// Writes a text beside the tensors (`adapter_config.json`), under the same rules.
-pub fn write_text(path: &Path, text: &str, options: WriteOptions) -> Result<()> {
+/// Writes the tensors to `path`, atomically. Returns whether values left the range of their type.
+pub fn write_file(path: &Path, layout: &Layout<'_>, options: WriteOptions, control: &Control) -> Result<Loss> {
     refuse_existing(path, options)?;
-    let temp = temp_beside(path)?;
-    let mut file = temp.as_file();
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|e| Error::io(path, "write the file", e))?;
-    persist(temp, path, options)
+    let (pending, loss) = Pending::tensors(path, layout, control)?;
+    pending.commit(options)?;
+    Ok(loss)
 }
 
-/// Writes the tensors to a stream, in order. Returns whether an element overflowed.
-pub fn write_to(out: &mut dyn Write, layout: &Layout<'_>, control: &Control) -> Result<bool> {
+/// Writes the tensors to a stream, in order. Returns whether values left the range of their type.
+pub fn write_to(out: &mut dyn Write, layout: &Layout<'_>, control: &Control) -> Result<Loss> {
     let fail = |e| Error::io(Path::new("-"), "write the output", e);
     control.expect(layout.len);
     out.write_all(&layout.header).map_err(fail)?;
-    let (mut buffer, mut overflow) = (Vec::new(), false);
+    let (mut buffer, mut loss) = (Vec::new(), Loss::default());
     for tile in layout.tiles() {
         control.check()?;
-        overflow |= tile.compute(&mut buffer);
+        loss |= tile.compute(&mut buffer);
         out.write_all(&buffer).map_err(fail)?;
         control.advance(tile.bytes);
     }
     out.flush().map_err(fail)?;
-    Ok(overflow)
+    Ok(loss)
 }
 
 /// An error if `path` exists and may not be replaced.
-fn refuse_existing(path: &Path, options: WriteOptions) -> Result<()> {
+pub fn refuse_existing(path: &Path, options: WriteOptions) -> Result<()> {
     if path.is_dir() {
         return Err(Error::new(Code::IsADirectory, "the output is a folder")
             .at(path)
@@ -259,11 +278,6 @@ fn temp_beside(path: &Path) -> Result<tempfile::NamedTempFile> {
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
     builder.tempfile_in(&folder).map_err(|e| Error::io(&folder, "create a file in the folder", e))
-}
-
-fn persist(temp: tempfile::NamedTempFile, path: &Path, options: WriteOptions) -> Result<()> {
-    let result = if options.overwrite { temp.persist(path) } else { temp.persist_noclobber(path) };
-    result.map(drop).map_err(|e| Error::io(path, "rename the finished file", e.error))
 }
 
 #[cfg(unix)]

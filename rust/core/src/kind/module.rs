@@ -449,17 +449,17 @@ fn uneven_columns(
     rank: usize,
     rows: impl Fn(usize) -> Range<usize>,
 ) -> Option<Vec<Range<usize>>> {
-    // The first column of a dense factor is used by all parts: this ends after one element of each.
-    let mut ranges: Vec<Range<usize>> = Vec::new();
+    let users: Vec<Vec<bool>> = (0..n).map(|j| up.used_columns(rows(j))).collect();
     let mut owners = Vec::with_capacity(rank);
     for column in 0..rank {
-        let mut users = (0..n).filter(|&j| !up.is_zero(rows(j), column..column + 1));
-        let owner = users.next();
-        if users.next().is_some() {
+        let mut owning = users.iter().enumerate().filter(|(_, used)| used[column]).map(|(j, _)| j);
+        let owner = owning.next();
+        if owning.next().is_some() {
             return None;
         }
         owners.push(owner);
     }
+    let mut ranges: Vec<Range<usize>> = Vec::new();
     let used: Vec<usize> = owners.iter().flatten().copied().collect();
     if used.is_empty() || used.windows(2).any(|w| w[0] > w[1]) {
         return None;

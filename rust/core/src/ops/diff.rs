@@ -9,11 +9,11 @@ use super::delta::{delta_rows, shape};
 use crate::adapter::{Adapter, ModuleKey};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Slot};
-use crate::linalg::low_rank_norm;
+use crate::linalg::low_rank_norms;
 use crate::tensor::Tensor;
 
 /// Rows of a delta that are held at a time, in elements.
-const TILE: usize = 1 << 20;
+const TILE: usize = 1 << 22;
 
 /// One module of a comparison.
 #[derive(Debug, Clone, Serialize)]
@@ -185,9 +185,10 @@ fn low_rank(a: &Module, b: &Module) -> Option<f64> {
         [columns(a.get(Slot::Up)?, a.scale), columns(b.get(Slot::Up)?, -b.scale)],
         [a.get(Slot::Down)?.to_f64(), b.get(Slot::Down)?.to_f64()],
     );
-    let difference = low_rank_norm(m, n, &ups.concat(), &downs.concat());
-    let norms = [low_rank_norm(m, n, &ups[0], &downs[0]), low_rank_norm(m, n, &ups[1], &downs[1])];
-    Some(ratio(difference * difference, norms[0] * norms[0], norms[1] * norms[1]))
+    let (rank_a, rank_b) = (ups[0].len() / m.max(1), ups[1].len() / m.max(1));
+    let groups = [0..rank_a + rank_b, 0..rank_a, rank_a..rank_a + rank_b];
+    let norms = low_rank_norms(m, n, &ups.concat(), &downs.concat(), &groups);
+    Some(ratio(norms[0] * norms[0], norms[1] * norms[1], norms[2] * norms[2]))
 }
 
 fn transpose(values: &[f64], rows: usize, cols: usize) -> Vec<f64> {

@@ -34,6 +34,13 @@ pub struct SuffixMatch<'k> {
     spelling: usize,
 }
 
+impl SuffixMatch<'_> {
+    /// Whether this and another suffix are the two halves of one spelling (`.lora_A.weight`, `.lora_B.weight`).
+    pub fn is_paired_with(&self, other: &SuffixMatch<'_>) -> bool {
+        self.spelling == other.spelling
+    }
+}
+
 /// A path of a family, in one of its namespaces.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
@@ -85,6 +92,9 @@ pub struct Read<'k> {
     /// Every module it can mean, over all families.
     pub hits: Vec<Hit>,
 }
+
+/// Longest path for which a similar one is looked up.
+const LONGEST_PATH: usize = 400;
 
 /// The suffixes to try, longest literal part first.
 pub(super) fn suffixes(table: &BTreeMap<String, Vec<String>>, dialects: &[Dialect]) -> Result<Vec<Suffix>, String> {
@@ -284,6 +294,10 @@ impl Registry {
         let (base, suffix) = found.map_or((key, ""), |f| (f.base, f.suffix));
         let prefix = self.prefixes.iter().find(|p| base.starts_with(&p.text))?;
         let path = &base[prefix.text.len()..];
+        // No module has such a name, and comparing takes the square of its length.
+        if path.len() > LONGEST_PATH {
+            return None;
+        }
         let flat = prefix.text.ends_with('_');
         let plain = |text: &str| text.replace('.', "_");
         let digits: Vec<u32> = Skeleton::of(path).map(|s| s.digits).unwrap_or_default();
@@ -308,6 +322,7 @@ impl Registry {
         }
         best.filter(|(distance, _)| *distance <= path.len() / 2 + 2)
             .map(|(_, path)| format!("{}{path}{suffix}", prefix.text))
+            .filter(|found| found != key && self.read(found).is_some())
     }
 }
 
