@@ -99,11 +99,8 @@ fn zero_delta(module: &Module) -> bool {
 
 fn compare(a: &Module, b: &Module, tolerance: f64) -> (f64, &'static str) {
     let (a, b) = (a.tightened(), b.tightened());
-    if same(&a, &b) {
-        return (0.0, "equal");
-    }
     let rest = side_tensors(&a, &b);
-    let main = if zero_delta(&a) && zero_delta(&b) {
+    let main = if same_factors(&a, &b) || (zero_delta(&a) && zero_delta(&b)) {
         Some(0.0)
     } else if a.kind == Kind::Lora && b.kind == Kind::Lora && a.get(Slot::Mid).is_none() && b.get(Slot::Mid).is_none() {
         low_rank(&a, &b)
@@ -128,17 +125,24 @@ fn compare(a: &Module, b: &Module, tolerance: f64) -> (f64, &'static str) {
     }
 }
 
-fn same(a: &Module, b: &Module) -> bool {
+/// Biases and magnitudes: what a module has beside its delta.
+const SIDE: [Slot; 3] = [Slot::DiffB, Slot::Magnitude, Slot::MagnitudeIn];
+
+/// Whether the deltas are equal for having equal factors.
+fn same_factors(a: &Module, b: &Module) -> bool {
+    let factors = |m: &'_ Module| {
+        m.tensors.iter().filter(|(s, _)| !SIDE.contains(s)).map(|(s, t)| (*s, t.clone())).collect::<Vec<_>>()
+    };
+    let (x, y) = (factors(a), factors(b));
     a.kind == b.kind
         && a.scale == b.scale
-        && a.tensors.len() == b.tensors.len()
-        && a.tensors.iter().zip(&b.tensors).all(|((s, x), (t, y))| s == t && x.same_as(y))
+        && x.len() == y.len()
+        && x.iter().zip(&y).all(|((s, p), (t, q))| s == t && p.same_as(q))
 }
 
 /// Biases and magnitudes, which no delta shows.
 fn side_tensors(a: &Module, b: &Module) -> f64 {
-    let slots = [Slot::DiffB, Slot::Magnitude, Slot::MagnitudeIn];
-    slots.into_iter().map(|slot| relative(a.get(slot), b.get(slot))).fold(0.0, f64::max)
+    SIDE.into_iter().map(|slot| relative(a.get(slot), b.get(slot))).fold(0.0, f64::max)
 }
 
 /// Kinds without a delta: tensor by tensor.
