@@ -120,9 +120,9 @@ def peers(source: Path, output: Path, rounds: int) -> list[Row]:
         found["nunchaku"] = [sys.executable, "-c", NUNCHAKU, source, output, path]
     if path := os.environ.get("LORAFMT_BENCH_SD_SCRIPTS"):
         script = Path(path) / "networks/convert_flux_lora.py"
-        found["sd-scripts"] = [
-            sys.executable, script, "--src", "kohya", "--dst", "ai-toolkit", "--src_path", source, "--dst_path", output,
-        ]  # fmt: skip
+        dialects = ["--src", "sd-scripts", "--dst", "ai-toolkit"]
+        files = ["--src_path", source, "--dst_path", output]
+        found["sd-scripts"] = ["env", f"PYTHONPATH={path}", sys.executable, script, *dialects, *files]
     mine = run(BINARY, "convert", source, "--to", "diffusers", "-o", output, "--force", "-q")
     for name, command in found.items():
         ratios, times = [], []
