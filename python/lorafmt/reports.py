@@ -19,7 +19,10 @@ class Warning:
 
 @dataclass(frozen=True)
 class TensorCount:
-    """Where every input tensor went: ``used + carried + dropped + unknown == total``."""
+    """Where every input tensor went: ``used + carried + dropped + unknown == total``.
+
+    ``in`` is no name that Python takes, so the document's ``in`` is called ``total`` here.
+    """
 
     total: int
     used: int
@@ -37,6 +40,10 @@ class _Document:
     def to_dict(self) -> dict[str, Any]:
         """The document as ``--json`` prints it."""
         return json.loads(json.dumps(self._document))
+
+    def __getitem__(self, name: str) -> Any:
+        """A part of the document: ``report["tensors"]["in"]``."""
+        return self._document[name]
 
 
 @dataclass(frozen=True)

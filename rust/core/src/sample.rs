@@ -8,7 +8,7 @@ use crate::dtype::Dtype;
 use crate::error::{Code, Error, Result};
 use crate::io::{Bytes, Source, TensorInfo};
 use crate::kind::Slot;
-use crate::table::{AlphaPolicy, Component, Op, Place, Registry, Row};
+use crate::table::{AlphaPolicy, Component, Op, Place, Registry};
 
 /// What sample to make.
 #[derive(Debug, Clone)]
@@ -101,7 +101,7 @@ fn modules(component: &Component, place: &Place, top_level: bool) -> Vec<(String
             row.names[place.namespace].iter().map(|t| (t, row.output())).collect()
         };
         for (template, output) in templates {
-            for variables in instances(row, component.variables.len()) {
+            for variables in component.instances(row) {
                 if top_level || !template.bounds().is_empty() {
                     out.push((template.render(&variables), output, width));
                 }
@@ -112,24 +112,6 @@ fn modules(component: &Component, place: &Place, top_level: bool) -> Vec<(String
     out.sort();
     out.dedup();
     out
-}
-
-/// All block numbers of a row.
-fn instances(row: &Row, count: usize) -> Vec<Vec<u32>> {
-    let mut all = vec![vec![0; count]];
-    for (variable, below) in row.canonical[0].bounds() {
-        all = all
-            .into_iter()
-            .flat_map(|v| {
-                (0..below).map(move |n| {
-                    let mut v = v.clone();
-                    v[variable] = n;
-                    v
-                })
-            })
-            .collect();
-    }
-    all
 }
 
 /// Values between -0.04 and 0.04, made of the seed, the key and the element's number (SplitMix64, Steele et al. 2014).

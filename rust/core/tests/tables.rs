@@ -5,29 +5,11 @@ use std::collections::BTreeSet;
 use lorafmt_core::kind::Slot;
 use lorafmt_core::table::{Component, Op, Place, Registry, Row};
 
-/// Every block number of a row.
-fn instances(row: &Row, count: usize) -> Vec<Vec<u32>> {
-    let mut all = vec![vec![0; count]];
-    for (variable, below) in row.canonical[0].bounds() {
-        all = all
-            .iter()
-            .flat_map(|v| {
-                (0..below).map(move |n| {
-                    let mut v = v.clone();
-                    v[variable] = n;
-                    v
-                })
-            })
-            .collect();
-    }
-    all
-}
-
 /// Names of all layers of a component in one namespace.
 fn layers(component: &Component, namespace: usize) -> BTreeSet<String> {
     let rows = component.rows.iter().filter(|r| r.op != Op::Only);
     let names = rows.flat_map(|row| {
-        instances(row, component.variables.len()).into_iter().flat_map(move |v| {
+        component.instances(row).into_iter().flat_map(move |v| {
             let templates: Vec<_> =
                 if namespace == 0 { row.canonical.iter().collect() } else { row.names[namespace].iter().collect() };
             templates.into_iter().map(move |t| t.render(&v)).collect::<Vec<_>>()
@@ -60,7 +42,7 @@ fn every_written_key_is_read_back() {
         for place in &dialect.places {
             let component = &registry.families[place.family].components[place.component];
             for (index, row) in component.rows.iter().enumerate() {
-                for variables in instances(row, component.variables.len()) {
+                for variables in component.instances(row) {
                     for name in names(row, place, &variables) {
                         for prefix in place.also.iter().chain([&place.prefix]) {
                             keys += check(&registry, dialect, place, component, index, prefix, &name);
@@ -122,7 +104,7 @@ fn names_within_a_namespace_are_unique() {
                     .iter()
                     .filter(|r| namespace > 0 || r.names.len() == 1 || r.names[1..].iter().any(Option::is_some))
                     .flat_map(|row| {
-                        instances(row, component.variables.len()).into_iter().flat_map(move |v| {
+                        component.instances(row).into_iter().flat_map(move |v| {
                             row.names[namespace].iter().map(move |t| t.render(&v)).collect::<Vec<_>>()
                         })
                     })

@@ -156,7 +156,7 @@ fn file(decisions: &mut Decisions<'_>) -> Option<(Arc<Source>, Given)> {
     }
     let metadata = match decisions.below(4) {
         0 => vec![("lora_alpha".to_owned(), "4".to_owned())],
-        1 => vec![("ss_base_model_version".to_owned(), "flux1".to_owned())],
+        1 => vec![("ss_base_model_version".to_owned(), Registry::builtin().families[0].name.clone())],
         _ => vec![],
     };
     Some((Arc::new(Source::from_tensors(Path::new("fuzz"), metadata, tensors).ok()?), given))

@@ -98,6 +98,20 @@ pub struct Component {
 }
 
 impl Component {
+    /// The block numbers of every instance of a row.
+    pub fn instances(&self, row: &Row) -> Vec<pattern::Variables> {
+        let mut all = vec![vec![0; self.variables.len()]];
+        for (variable, below) in row.canonical[0].bounds() {
+            let numbered = |v: &pattern::Variables, n: u32| {
+                let mut v = v.clone();
+                v[variable] = n;
+                v
+            };
+            all = all.iter().flat_map(|v| (0..below).map(move |n| numbered(v, n))).collect();
+        }
+        all
+    }
+
     /// The number of a namespace.
     pub fn namespace(&self, name: &str) -> Option<usize> {
         self.namespaces.iter().position(|n| n == name)
