@@ -408,6 +408,27 @@ impl Tensor {
         used
     }
 
+    /// The number `c` with `other == c * self`, element by element and exactly; 1 if both are zero.
+    pub fn multiple(&self, other: &Tensor) -> Option<f64> {
+        if self.shape != other.shape {
+            return None;
+        }
+        let mut factor: Option<f64> = None;
+        for row in 0..self.rows() {
+            let (mine, theirs) = (self.rows_f64(row..row + 1), other.rows_f64(row..row + 1));
+            for (x, y) in mine.iter().zip(&theirs) {
+                if *x == 0.0 && *y == 0.0 {
+                    continue;
+                }
+                let factor = *factor.get_or_insert(y / x);
+                if !factor.is_finite() || factor == 0.0 || factor * x != *y {
+                    return None;
+                }
+            }
+        }
+        Some(factor.unwrap_or(1.0))
+    }
+
     /// All elements as float64, row by row.
     pub fn to_f64(&self) -> Vec<f64> {
         self.rows_f64(0..self.rows())
@@ -542,6 +563,19 @@ mod tests {
         assert!(t.read(0..1, &mut [0, 0]).overflow);
         assert_eq!(f32s(&[1], &[1.0]).cast(Dtype::F16).read(0..1, &mut [0, 0]), Loss::default());
         assert!(f32s(&[1], &[1e-9]).cast(Dtype::F16).read(0..1, &mut [0, 0]).underflow);
+    }
+
+    #[test]
+    fn multiples_are_exact_or_none() {
+        let t = count(3, 2);
+        assert_eq!(t.multiple(&t.clone().scaled(-0.25)), Some(-0.25));
+        assert_eq!(t.multiple(&t), Some(1.0));
+        assert_eq!(t.multiple(&count(2, 3)), None);
+        let mut other: Vec<f32> = (0..6).map(|i| i as f32).collect();
+        other[5] = 5.5;
+        assert_eq!(t.multiple(&f32s(&[3, 2], &other)), None);
+        let zero = Tensor::zeros(Dtype::F32, vec![3, 2]);
+        assert_eq!((zero.multiple(&zero), t.multiple(&zero), zero.multiple(&t)), (Some(1.0), None, None));
     }
 
     #[test]

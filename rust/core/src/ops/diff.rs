@@ -181,6 +181,9 @@ fn low_rank(a: &Module, b: &Module) -> Option<f64> {
     if shape(a)? != shape(b)? {
         return Some(1.0);
     }
+    if let Some(factor) = multiple(a, b) {
+        return Some((1.0 - factor).abs() / factor.abs().max(1.0));
+    }
     let (m, n) = shape(a)?;
     let columns = |t: &Tensor, scale: f64| {
         transpose(&t.to_f64(), t.rows(), t.cols()).iter().map(|v| v * scale).collect::<Vec<f64>>()
@@ -193,6 +196,14 @@ fn low_rank(a: &Module, b: &Module) -> Option<f64> {
     let groups = [0..rank_a + rank_b, 0..rank_a, rank_a..rank_a + rank_b];
     let norms = low_rank_norms(m, n, &ups.concat(), &downs.concat(), &groups);
     Some(ratio(norms[0] * norms[0], norms[1] * norms[1], norms[2] * norms[2]))
+}
+
+/// The number by which b's delta is a multiple of a's, if its factors are exact multiples: as after folding a scale
+/// that is a power of two. Much cheaper than comparing directions.
+fn multiple(a: &Module, b: &Module) -> Option<f64> {
+    let of = |slot: Slot| a.get(slot)?.multiple(b.get(slot)?);
+    let factor = b.scale / a.scale * of(Slot::Up)? * of(Slot::Down)?;
+    factor.is_finite().then_some(factor)
 }
 
 fn transpose(values: &[f64], rows: usize, cols: usize) -> Vec<f64> {
