@@ -1,5 +1,7 @@
 //! From keys to the canonical adapter. Every tensor ends in a module, as a note, or in the list of unknown ones.
 
+mod shapes;
+
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
@@ -12,7 +14,7 @@ use crate::alpha::{AlphaConfig, noted_alpha, read_alpha};
 use crate::detect::{Given, Meaning, detect, family_warning};
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
-use crate::kind::{AlphaSource, Kind, Module, Refusal, Role, Slot, rank_of};
+use crate::kind::{AlphaSource, Kind, Module, Refusal, Slot, rank_of};
 use crate::report::Warning;
 use crate::table::{AlphaPolicy, Hit, Op, Registry, Row, SuffixMatch};
 use crate::tensor::Tensor;
@@ -208,7 +210,7 @@ impl Decoder<'_> {
                 tensors.insert(slot, as_matrix(slot, Tensor::input(self.source, *index)));
             }
         }
-        self.check_shapes(group, row, kind, &tensors)?;
+        shapes::check(self.source, group, row, kind, &tensors)?;
         if let Some(magnitude) = tensors.remove(&Slot::Magnitude) {
             let rows = magnitude.rows();
             tensors.insert(Slot::Magnitude, magnitude.reshaped(vec![rows]));
@@ -273,97 +275,6 @@ impl Decoder<'_> {
             let have = &self.source.tensors()[*index].name;
             let want = adapter.registry.partner(found, *missing);
             return Err(Error::new(Code::UnpairedModule, format!("`{have}` lacks its partner `{want}`")).key(have));
-        }
-        Ok(())
-    }
-
-    fn check_shapes(&self, group: &Group<'_>, row: &Row, kind: Kind, tensors: &BTreeMap<Slot, Tensor>) -> Result<()> {
-        let output = group.hit.part.map_or_else(|| row.output(), |part| row.outputs[part]);
-        let fail = |slot: Slot, want: String| {
-            let info = &self.source.tensors()[group.slots[&slot].0];
-            let message = format!("`{}` has shape {:?}, but the module needs {want}", info.name, info.shape);
-            Err(Error::new(Code::ShapeMismatch, message).key(&info.name))
-        };
-        let shape = |slot: Slot| tensors.get(&slot).map(Tensor::shape);
-        let dims = |slot: Slot| tensors.get(&slot).map(|t| (t.rows(), t.cols()));
-        let widths = || row.inputs.iter().map(usize::to_string).collect::<Vec<_>>().join(" or ");
-        for (slot, tensor) in tensors {
-            if !tensor.dtype().is_float() && slot.role() != Role::Note {
-                let info = &self.source.tensors()[group.slots[slot].0];
-                let message = format!("`{}` is {}, but factors are floating point", info.name, info.dtype.name());
-                return Err(Error::new(Code::InvalidDtype, message).key(&info.name));
-            }
-            let follows = matches!(
-                slot,
-                Slot::Up
-                    | Slot::Bias
-                    | Slot::DiffB
-                    | Slot::WNorm
-                    | Slot::BNorm
-                    | Slot::Magnitude
-                    | Slot::Diff
-                    | Slot::Set
-            );
-            if follows && tensor.rows() != output {
-                return fail(*slot, format!("{output} output rows"));
-            }
-            let vector = matches!(slot, Slot::Bias | Slot::DiffB | Slot::WNorm | Slot::BNorm | Slot::Magnitude);
-            if vector && tensor.cols() != 1 {
-                return fail(*slot, format!("a vector of {output}"));
-            }
-            let width = match slot {
-                Slot::Down | Slot::Diff | Slot::Set if !row.inputs.is_empty() => Some(tensor.cols()),
-                Slot::MagnitudeIn => Some(tensor.cols()),
-                _ => None,
-            };
-            if width.is_some_and(|w| !row.inputs.contains(&w)) {
-                return fail(*slot, format!("{} inputs", widths()));
-            }
-        }
-        match kind {
-            Kind::Lora => {
-                let (down, up) = (&tensors[&Slot::Down], &tensors[&Slot::Up]);
-                if down.rows() != up.cols() {
-                    let name = |slot| &self.source.tensors()[group.slots[&slot].0].name;
-                    let message = format!(
-                        "`{}` has rank {}, `{}` has rank {}",
-                        name(Slot::Down),
-                        down.rows(),
-                        name(Slot::Up),
-                        up.cols()
-                    );
-                    return Err(Error::new(Code::RankMismatch, message).key(name(Slot::Up)));
-                }
-            }
-            Kind::Loha if shape(Slot::HadaT1).is_none() => {
-                for (a, b) in [(Slot::HadaW1A, Slot::HadaW1B), (Slot::HadaW2A, Slot::HadaW2B)] {
-                    let (Some((rows, rank)), Some((rank_b, width))) = (dims(a), dims(b)) else { continue };
-                    if rows != output || rank != rank_b {
-                        return fail(a, format!("shape [{output}, {rank_b}]"));
-                    }
-                    if !row.inputs.contains(&width) {
-                        return fail(b, format!("{} inputs", widths()));
-                    }
-                }
-            }
-            Kind::Lokr if shape(Slot::LokrT2).is_none() => {
-                let product = |whole, a, b| dims(whole).or_else(|| Some((dims(a)?.0, dims(b)?.1)));
-                for (a, b) in [(Slot::LokrW1A, Slot::LokrW1B), (Slot::LokrW2A, Slot::LokrW2B)] {
-                    if let (Some((_, have)), Some((want, _))) = (dims(a), dims(b))
-                        && have != want
-                    {
-                        return fail(a, format!("{want} columns, the rank of its partner"));
-                    }
-                }
-                let w1 = product(Slot::LokrW1, Slot::LokrW1A, Slot::LokrW1B).unwrap_or((0, 0));
-                let w2 = product(Slot::LokrW2, Slot::LokrW2A, Slot::LokrW2B).unwrap_or((0, 0));
-                if w1.0 * w2.0 != output || !row.inputs.contains(&(w1.1 * w2.1)) {
-                    let slot = if tensors.contains_key(&Slot::LokrW1) { Slot::LokrW1 } else { Slot::LokrW1A };
-                    let made = format!("{}x{}", w1.0 * w2.0, w1.1 * w2.1);
-                    return fail(slot, format!("{output}x{}; the Kronecker product is {made}", widths()));
-                }
-            }
-            _ => {}
         }
         Ok(())
     }
