@@ -144,3 +144,34 @@ fn broken_tables_are_refused() {
         assert_eq!(error.code().as_str(), "invalid-table", "{table}");
     }
 }
+
+#[test]
+fn the_nearest_key_is_one_that_is_read() {
+    let registry = Registry::builtin();
+    let nearest = |key: &str| registry.nearest(key);
+    assert_eq!(
+        nearest("lora_unet_double_blocks_3_img_attn_qkw.alpha").as_deref(),
+        Some("lora_unet_double_blocks_3_img_attn_qkv.alpha")
+    );
+    for key in ["transformer.single_transformer_blocks.40.attn.to_q.lora_A.weight", "mystery", ""] {
+        assert!(nearest(key).is_none_or(|found| found != key && registry.read(&found).is_some()), "{key}");
+    }
+    // Comparing takes the square of the length: a megabyte of name gets no suggestion, at once.
+    assert_eq!(nearest(&format!("lora_unet_{}.alpha", "x".repeat(1 << 20))), None);
+}
+
+#[test]
+fn a_sample_has_a_limit() {
+    let options = lorafmt_core::sample::SampleOptions {
+        family: "flux1".to_owned(),
+        dialect: "kohya".to_owned(),
+        rank: usize::MAX,
+        alpha: None,
+        dtype: lorafmt_core::dtype::Dtype::BF16,
+        seed: 0,
+        top_level: false,
+        text_encoders: false,
+    };
+    let error = lorafmt_core::sample::sample(&Registry::builtin(), &options).expect_err("too large");
+    assert_eq!(error.code().as_str(), "invalid-argument");
+}
