@@ -1,7 +1,6 @@
 //! The canonical adapter: every dialect is read into it and written from it.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::detect::Detection;
@@ -59,8 +58,6 @@ pub struct Adapter {
     pub unknown: Vec<usize>,
     /// What deserves a word.
     pub warnings: Vec<Warning>,
-    /// The `adapter_config.json` that was read.
-    pub config_path: Option<PathBuf>,
 }
 
 impl Adapter {

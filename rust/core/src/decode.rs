@@ -71,7 +71,6 @@ pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: Giv
         unknown: (0..meanings.len()).filter(|&i| meanings[i].is_none()).collect(),
         warnings: family_warning(registry, &detection).into_iter().collect(),
         detection,
-        config_path: config.map(|(path, _)| path),
     };
     let mut decoder =
         Decoder { source, alphas: &alphas, problems: Vec::new(), conflicts: Vec::new(), zeros: Vec::new() };

@@ -3,6 +3,7 @@
 mod peft;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::adapter::{Adapter, Address, ModuleKey, Placed};
 use crate::dtype::Dtype;
@@ -11,6 +12,7 @@ use crate::kind::{Kind, Module, Refusal, Slot};
 use crate::meta;
 use crate::plan::{Fate, Output, Plan};
 use crate::report::{AlphaCount, Fidelity, Warning};
+use crate::table::pattern::Variables;
 use crate::table::{AlphaPolicy, Dialect, Op, Place, Row};
 use crate::tensor::Tensor;
 
@@ -79,6 +81,9 @@ pub fn encode(adapter: &Adapter, options: &EncodeOptions) -> Result<Plan> {
     encoder.finish(spelled)
 }
 
+/// Canonical modules that make one module of the target.
+type Members<'a> = Vec<(&'a ModuleKey, &'a Placed)>;
+
 struct Encoder<'a> {
     adapter: &'a Adapter,
     dialect: &'a Dialect,
@@ -99,8 +104,7 @@ impl<'a> Encoder<'a> {
 
     /// All modules of one component, spelled.
     fn component(&mut self, component: usize) -> Result<Vec<Spelled<'a>>> {
-        let modules: Vec<(&ModuleKey, &Placed)> =
-            self.adapter.modules.iter().filter(|(key, _)| key.component == component).collect();
+        let modules: Members<'a> = self.adapter.modules.iter().filter(|(key, _)| key.component == component).collect();
         let Some(place) = self.dialect.place(self.adapter.family, component) else {
             for (key, placed) in modules {
                 self.lose(Code::UnsupportedModule, key, &placed.module, "has no place there")?;
@@ -127,14 +131,9 @@ impl<'a> Encoder<'a> {
     }
 
     /// Which rows of the namespace the modules belong to, in a fixed order.
-    #[allow(clippy::type_complexity)]
-    fn targets(
-        &mut self,
-        place: &Place,
-        modules: Vec<(&'a ModuleKey, &'a Placed)>,
-    ) -> Result<Vec<(&'a Row, Vec<u32>, Vec<(&'a ModuleKey, &'a Placed)>)>> {
+    fn targets(&mut self, place: &Place, modules: Members<'a>) -> Result<Vec<(&'a Row, Variables, Members<'a>)>> {
         let component = self.adapter.component(place.component);
-        let mut groups: BTreeMap<(usize, Vec<u32>, usize), Vec<(&ModuleKey, &Placed)>> = BTreeMap::new();
+        let mut groups: BTreeMap<(usize, Variables, usize), Members<'a>> = BTreeMap::new();
         for (key, placed) in modules {
             let row = self.target_row(place, key, &placed.address);
             let Some(row) = row else {
@@ -171,7 +170,7 @@ impl<'a> Encoder<'a> {
         let joined = match (first.address.namespace, place.namespace) {
             // Its kind did not let it be made canonical, and the target wants it so: hear the reason again.
             (1.., 0) => match row.op {
-                Op::Fuse => first.module.cut(&row.outputs.clone().into(), 0),
+                Op::Fuse => refused_cut(row, &first.module),
                 _ => first.module.swap_halves(),
             },
             _ if members.len() > 1 && members.iter().any(|(_, m)| m.address.namespace > 0) => {
@@ -522,6 +521,14 @@ impl<'a> Encoder<'a> {
             None => Ok(()),
         }
     }
+}
+
+/// Why a fused module stayed whole: the reason of the first part that cannot be cut. Others of its parts may well be
+/// cut, so asking for one of them is not enough.
+fn refused_cut(row: &Row, module: &Module) -> Result<Module, Refusal> {
+    let parts: Arc<[usize]> = Arc::from(row.outputs.as_slice());
+    let refused = (0..parts.len()).find_map(|part| module.cut(&parts, part).err());
+    Err(refused.unwrap_or_else(|| Refusal("cannot be cut into parts".to_owned())))
 }
 
 /// What the tensors from `start` on say about fidelity and rounding.

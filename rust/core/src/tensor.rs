@@ -159,11 +159,6 @@ impl Tensor {
         self.rows() * self.cols() * self.dtype.size()
     }
 
-    /// Whether every element is a copied bit pattern: no arithmetic, no cast.
-    pub fn is_copy(&self) -> bool {
-        !self.is_scaled() && self.pieces.iter().all(|p| p.dtype == self.dtype)
-    }
-
     /// Numbers of the input tensors it reads.
     pub fn inputs(&self) -> Vec<usize> {
         let mut inputs: Vec<usize> = self
@@ -554,7 +549,7 @@ mod tests {
             let want = bf16::from_f32(bf16::from_f32(v).to_f32() * 0.7f32);
             assert_eq!(bf16::from_le_bytes([o[0], o[1]]), want);
         }
-        assert!(t.rounding() > 0.0 && !t.is_copy());
+        assert!(t.rounding() > 0.0 && t.is_scaled() && !t.is_narrowed());
     }
 
     #[test]

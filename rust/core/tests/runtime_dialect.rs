@@ -4,7 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use lorafmt_core::convert::{ConvertOptions, Target, convert, open};
-use lorafmt_core::io::{Control, Source};
+use lorafmt_core::dtype::Dtype;
+use lorafmt_core::io::{Bytes, Control, Source, TensorInfo};
 use lorafmt_core::ops::diff;
 use lorafmt_core::sample::{SampleOptions, sample};
 use lorafmt_core::table::Registry;
@@ -87,4 +88,41 @@ fn a_dialect_given_as_text_round_trips_a_file() {
 
     let (again, _) = write(&back, "acme", false);
     assert_eq!(again, bytes, "writing twice gives the same bytes");
+}
+
+/// Parts of 4, 6 and 2 rows, and a Kronecker product whose blocks have 4: the first part could be cut, the second not.
+#[test]
+fn a_module_of_which_only_some_parts_can_be_cut_is_refused_whole() {
+    const FAMILY: &str = r#"
+        name = "toy"
+        title = "Toy"
+        [[component]]
+        name = "model"
+        namespaces = ["split", "fused"]
+        rows = [{ split = "{a,b,c}", fused = "abc", op = "fuse", in = 2, out = [4, 6, 2] }]
+    "#;
+    let dialect = |name: &str| {
+        format!(
+            "name = \"{name}\"\ntitle = \"{name}\"\nwrite = true\nalpha = \"tensor\"\n\
+             [spelling]\nlokr_w1 = \".w1\"\nlokr_w2 = \".w2\"\n\
+             [[place]]\nfamilies = [\"toy\"]\ncomponent = \"model\"\nnamespace = \"{name}\"\nprefix = \"{name}.\"\n"
+        )
+    };
+    let registry =
+        Registry::with_tables(&[FAMILY.to_owned(), dialect("split"), dialect("fused")]).expect("valid tables");
+    let tensor = |name: &str, shape: Vec<usize>| {
+        let bytes: Vec<u8> = (0..shape.iter().product::<usize>()).flat_map(|i| (i as f32).to_le_bytes()).collect();
+        let info = TensorInfo { name: name.to_owned(), dtype: Dtype::F32, shape, range: 0..0 };
+        (info, Box::new(bytes) as Bytes)
+    };
+    let tensors = vec![tensor("fused.abc.w1", vec![3, 1]), tensor("fused.abc.w2", vec![4, 2])];
+    let source = Source::from_tensors(Path::new("toy"), vec![], tensors).expect("sizes fit");
+    let adapter = open(&registry, source, &ConvertOptions::default()).expect("readable");
+    let to = |to: &str, lossy| {
+        let options = ConvertOptions { to: to.to_owned(), lossy, ..ConvertOptions::default() };
+        convert(&adapter, &options, Target::Nowhere, &Control::default())
+    };
+    assert_eq!(to("fused", false).expect("the same name").tensors.used, 2);
+    assert_eq!(to("split", false).expect_err("no such factors").code().as_str(), "unsupported-kind");
+    assert_eq!(to("split", true).expect_err("nothing is left").code().as_str(), "no-modules");
 }

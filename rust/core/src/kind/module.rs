@@ -128,10 +128,10 @@ impl Module {
             };
             tensors.insert(slot, part);
         }
-        let cut_from = match (self.kind, self.get(Slot::Up), self.is_dora()) {
-            (Kind::Lora, Some(up), _) => Some(CutFrom { up: up.clone(), parts: Arc::clone(parts), index }),
-            _ => None,
-        };
+        // A Tucker core ties down and up together: no column of the one goes without the other.
+        let plain = self.kind == Kind::Lora && !self.tensors.contains_key(&Slot::Mid);
+        let up = self.get(Slot::Up).filter(|_| plain);
+        let cut_from = up.map(|up| CutFrom { up: up.clone(), parts: Arc::clone(parts), index });
         Ok(Module { tensors, cut_from, ..self.clone() })
     }
 
@@ -380,13 +380,6 @@ impl Module {
         out.alpha_source = present[0].alpha_source;
         out.regrouped = true;
         Ok(out)
-    }
-
-    /// Applies `f` to every tensor.
-    #[must_use]
-    pub fn map(mut self, f: impl Fn(Slot, Tensor) -> Tensor) -> Module {
-        self.tensors = self.tensors.into_iter().map(|(slot, t)| (slot, f(slot, t))).collect();
-        self
     }
 }
 

@@ -34,8 +34,6 @@ pub(super) struct Component {
 #[serde(deny_unknown_fields)]
 pub(super) struct Shared {
     pub name: String,
-    #[allow(dead_code)]
-    pub title: String,
     pub namespaces: Vec<String>,
     pub rows: Vec<Row>,
     #[serde(default)]
