@@ -10,6 +10,7 @@ pub mod adapter;
 pub mod alpha;
 pub mod cast;
 pub mod check;
+pub mod compose;
 pub mod convert;
 pub mod decode;
 pub mod detect;
@@ -25,6 +26,7 @@ pub mod ops;
 pub mod plan;
 pub mod report;
 pub mod sample;
+pub mod strength;
 pub mod table;
 pub mod tensor;
 
