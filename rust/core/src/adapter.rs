@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crate::detect::Detection;
 use crate::io::Source;
 use crate::kind::Module;
+use crate::native::NativeInfo;
 use crate::report::Warning;
 use crate::table::pattern::Variables;
 use crate::table::{Component, Family, Registry, Row};
@@ -58,6 +59,8 @@ pub struct Adapter {
     pub unknown: Vec<usize>,
     /// What deserves a word.
     pub warnings: Vec<Warning>,
+    /// What is special about a file of packed branches.
+    pub native: Option<NativeInfo>,
 }
 
 impl Adapter {

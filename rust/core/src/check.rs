@@ -36,7 +36,7 @@ pub struct CheckReport {
 }
 
 /// Checks a file. Reads every tensor once. A file that cannot be opened is an error, one that is wrong is an answer.
-pub fn check(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> Result<CheckReport> {
+pub fn check(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> Result<CheckReport> {
     let (adapter, mut problems) = decode_lenient(registry, source, given)?;
     for (count, &index) in adapter.unknown.iter().enumerate() {
         let name = &source.tensors()[index].name;

@@ -6,12 +6,15 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use serde_json::{Value, json};
+
 use crate::adapter::{Adapter, ModuleKey, Placed};
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
 use crate::kind::{Kind, Module, Refusal};
+use crate::native::manifest::Entry;
 use crate::plan::{Fate, Output, Plan};
 use crate::report::{AlphaCount, Fidelity, Warning};
 use crate::strength::Strength;
@@ -29,13 +32,36 @@ pub struct Term<'a> {
     pub name: String,
     /// The number of its first tensor among those of all sources.
     start: usize,
+    /// What an earlier composition wrote of it, if it comes out of one.
+    origin: Option<&'a Entry>,
 }
 
 impl<'a> Term<'a> {
     /// A term; its name is that of the file, without ending.
     pub fn new(adapter: &'a Adapter, strength: Strength) -> Self {
         let stem = adapter.source.path().file_stem().map(|s| s.to_string_lossy().into_owned());
-        Self { adapter, strength, name: stem.unwrap_or_default(), start: 0 }
+        let origin = adapter.native.as_ref().and_then(|n| n.entry.as_ref());
+        let name = origin.map(|e| e.name.clone()).or(stem).unwrap_or_default();
+        Self { adapter, strength, name, start: 0, origin }
+    }
+
+    /// The hash of the file it was first read from; `None` where there was no file. Reads every byte.
+    pub(crate) fn hash(&self) -> Option<String> {
+        match self.origin {
+            Some(entry) => entry.hash.clone(),
+            None => self.adapter.source.sha256().map(|h| format!("sha256:{h}")),
+        }
+    }
+
+    /// The strength that its numbers have by now: a number, or an object of numbers by place.
+    pub(crate) fn written_strength(&self) -> Value {
+        let before = self.origin.map(|e| &e.strength);
+        match (before.map(Value::as_f64), self.strength.everywhere()) {
+            (None, _) | (Some(Some(1.0)), _) => self.strength.to_json(),
+            (Some(Some(before)), Some(now)) => json!(before * now),
+            // Several places, several times: both are told.
+            (Some(_), _) => json!([before, self.strength.to_json()]),
+        }
     }
 
     /// The same under another name.
@@ -149,8 +175,8 @@ pub fn agree<'a>(adapters: &[&'a Adapter]) -> Result<Vec<Cow<'a, Adapter>>> {
     let common = adapters.iter().flat_map(|a| &a.detection.candidates).copied().find(|f| fits(*f));
     let one = |adapter: &&'a Adapter| match common {
         Some(family) if family != adapter.family => {
-            let given = Given { family: Some(family), dialect: None };
-            decode(&adapter.registry, &adapter.source, given).map(Cow::Owned)
+            let given = Given { family: Some(family), ..Given::default() };
+            decode(&adapter.registry, &adapter.source, &given).map(Cow::Owned)
         }
         _ => Ok(Cow::Borrowed(*adapter)),
     };
@@ -189,7 +215,7 @@ impl<'a> Ledger<'a> {
             dialect,
             lossy,
             strength,
-            fates: vec![Fate::Unknown; composition.tensors()],
+            fates: fates(composition),
             warnings,
             alpha: AlphaCount::default(),
             lost: Vec::new(),
@@ -375,6 +401,17 @@ impl<'a> Ledger<'a> {
             None => Ok(()),
         }
     }
+}
+
+/// Nothing is known of any tensor yet, but of those that say nothing by themselves: zeros, and branches of the base.
+fn fates(composition: &Composition<'_>) -> Vec<Fate> {
+    let mut fates = vec![Fate::Unknown; composition.tensors()];
+    for term in &composition.terms {
+        for &index in term.adapter.native.iter().flat_map(|n| &n.spent) {
+            fates[term.number(index)] = Fate::Used;
+        }
+    }
+    fates
 }
 
 fn unknown_key(adapter: &Adapter, name: &str) -> Error {

@@ -14,6 +14,7 @@ use crate::encode::{EncodeOptions, encode};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing, write_file, write_to};
 use crate::kind::Kind;
+use crate::native::{Base, NativeOptions};
 use crate::plan::Plan;
 use crate::report::{Report, SourceReport, TargetReport, Warning};
 use crate::table::{AlphaPolicy, Registry};
@@ -39,6 +40,8 @@ pub struct ConvertOptions {
     pub max_rank: Option<usize>,
     /// The input width of modules that have several (see [`EncodeOptions::width`]).
     pub width: Option<usize>,
+    /// The quantized base, for dialects that are written behind one (see [`EncodeOptions::native`]).
+    pub native: Option<NativeOptions>,
 }
 
 impl Default for ConvertOptions {
@@ -53,6 +56,7 @@ impl Default for ConvertOptions {
             lossy: false,
             max_rank: None,
             width: None,
+            native: None,
         }
     }
 }
@@ -72,13 +76,20 @@ pub fn given(registry: &Registry, family: Option<&str>, from: Option<&str>) -> R
     Ok(Given {
         family: family.map(|name| registry.family(name)).transpose()?,
         dialect: from.map(|name| registry.dialect(name)).transpose()?,
+        ..Given::default()
     })
 }
 
-/// Opens and reads an adapter.
-pub fn open(registry: &Arc<Registry>, source: Source, options: &ConvertOptions) -> Result<Adapter> {
+/// Opens and reads an adapter; `base` is taken off a native one.
+pub fn open(
+    registry: &Arc<Registry>,
+    source: Source,
+    options: &ConvertOptions,
+    base: Option<Arc<Base>>,
+) -> Result<Adapter> {
     let given = given(registry, options.family.as_deref(), options.from.as_deref())?;
-    decode(registry, &Arc::new(source), given)
+    let given = Given { base, ..given };
+    decode(registry, &Arc::new(source), &given)
 }
 
 /// Decides a conversion without computing it.
@@ -97,6 +108,7 @@ pub fn plan(composition: &Composition<'_>, options: &ConvertOptions, sidecar: bo
         sidecar,
         max_rank: options.max_rank,
         width: options.width,
+        native: options.native.clone(),
     };
     encode(composition, &encode_options).map_err(|e| e.at(adapter.source.path()))
 }

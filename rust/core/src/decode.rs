@@ -15,6 +15,7 @@ use crate::detect::{Given, Meaning, detect, family_warning};
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
 use crate::kind::{AlphaSource, Kind, Module, Refusal, Slot, rank_of};
+use crate::native::Reading;
 use crate::report::Warning;
 use crate::table::{AlphaPolicy, Hit, Op, Registry, Row, SuffixMatch};
 use crate::tensor::Tensor;
@@ -50,7 +51,7 @@ fn share_alphas(groups: &mut [Group<'_>]) {
 }
 
 /// Reads an adapter; the first problem is an error. Unknown keys are none: they are in [`Adapter::unknown`].
-pub fn decode(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> Result<Adapter> {
+pub fn decode(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> Result<Adapter> {
     let (adapter, problems) = decode_lenient(registry, source, given)?;
     match problems.into_iter().next() {
         Some(problem) => Err(problem),
@@ -59,8 +60,9 @@ pub fn decode(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> R
 }
 
 /// Reads what can be read and returns the problems beside it.
-pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: Given) -> Result<(Adapter, Vec<Error>)> {
-    let (detection, meanings) = detect(registry, source, given)?;
+pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> Result<(Adapter, Vec<Error>)> {
+    let reading = (given.base.clone(), given.only);
+    let (detection, meanings, branches) = detect(registry, source, given)?;
     let config = peft_config(registry, source, &meanings)?;
     let alphas = AlphaConfig::read(source, config.as_ref().map(|(p, text)| (p.as_path(), text.as_str())))?;
     let mut adapter = Adapter {
@@ -68,14 +70,21 @@ pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: Giv
         source: Arc::clone(source),
         family: detection.family,
         modules: BTreeMap::new(),
-        unknown: (0..meanings.len()).filter(|&i| meanings[i].is_none()).collect(),
+        unknown: (0..meanings.len())
+            .filter(|&i| meanings[i].is_none() && !branches.as_ref().is_some_and(|b| b.owned[i]))
+            .collect(),
         warnings: family_warning(registry, &detection).into_iter().collect(),
         detection,
+        native: None,
     };
     let mut decoder =
         Decoder { source, alphas: &alphas, problems: Vec::new(), conflicts: Vec::new(), zeros: Vec::new() };
     for group in decoder.group(&meanings) {
         decoder.place(&mut adapter, group);
+    }
+    if let Some(branches) = branches {
+        let reading = Reading { base: reading.0.as_deref(), only: reading.1 };
+        decoder.problems.extend(branches.place(&mut adapter, reading)?);
     }
     decoder.summarise(&mut adapter);
     let problems = decoder.problems.into_iter().map(|e| e.at(source.path())).collect();

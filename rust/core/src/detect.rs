@@ -1,8 +1,11 @@
 //! Which dialect and family a file is: by how many of its keys each explains, with shapes; metadata only breaks ties.
 
+use std::sync::Arc;
+
 use crate::error::{Code, Error, Result};
 use crate::io::{Source, TensorInfo};
 use crate::kind::Slot;
+use crate::native::{Base, Branches, recognise};
 use crate::table::{Dialect, Hit, Read, Registry};
 
 /// What a file was recognised as.
@@ -37,24 +40,50 @@ impl Detection {
 }
 
 /// What the caller knows already.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Given {
     /// The family.
     pub family: Option<usize>,
     /// The dialect.
     pub dialect: Option<usize>,
+    /// The quantized base, whose branches are taken off a native adapter.
+    pub base: Option<Arc<Base>>,
+    /// Which of the adapters in a native file is wanted; all, if none is named.
+    pub only: Option<usize>,
 }
 
 /// A key with the one meaning it has in the chosen family; `None` for an unknown key.
 pub type Meaning<'s> = Option<(Read<'s>, Hit)>;
 
+/// A recognised file: what it is, the meaning of each key, and the branches of a quantized model among them.
+pub type Recognised<'s> = (Detection, Vec<Meaning<'s>>, Option<Branches>);
+
 /// Recognises a file and reads all its keys.
-pub fn detect<'s>(registry: &Registry, source: &'s Source, given: Given) -> Result<(Detection, Vec<Meaning<'s>>)> {
+pub fn detect<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Result<Recognised<'s>> {
     let tensors = source.tensors();
     if tensors.is_empty() {
         return Err(Error::new(Code::NoModules, "the file holds no tensors").at(source.path()));
     }
-    let mut reads: Vec<Option<Read<'s>>> = tensors.iter().map(|t| registry.read(&t.name)).collect();
+    let branches = recognise(registry, source)?;
+    let owned = |i: usize| branches.as_ref().is_some_and(|b| b.owned[i]);
+    let read = |(i, t): (usize, &'s TensorInfo)| if owned(i) { None } else { registry.read(&t.name) };
+    let mut reads: Vec<Option<Read<'s>>> = tensors.iter().enumerate().map(read).collect();
+    if let Some(branches) = branches {
+        let meanings: Vec<Meaning<'s>> =
+            reads.into_iter().map(|r| r.and_then(|r| in_family(r, branches.family))).collect();
+        let known = meanings.iter().flatten().count() + branches.owned.iter().filter(|o| **o).count();
+        let (dialect, family) = (branches.dialect, branches.family);
+        let detection = Detection {
+            dialect: Some(dialect),
+            dialects: vec![(dialect, known)],
+            family,
+            candidates: vec![family],
+            tie_break: None,
+            known,
+            total: tensors.len(),
+        };
+        return Ok((detection, meanings, Some(branches)));
+    }
     if let Some(dialect) = given.dialect {
         for read in reads.iter_mut().flatten() {
             read.hits.retain(|hit| level(&registry.dialects[dialect], hit, read.suffix.slot, read.suffix.suffix) > 0);
@@ -70,12 +99,15 @@ pub fn detect<'s>(registry: &Registry, source: &'s Source, given: Given) -> Resu
         })
         .collect();
     let (family, candidates, tie_break) = choose_family(registry, source, &reads, &scores, given.family)?;
-    let meanings: Vec<Meaning<'s>> =
-        reads.into_iter().map(|read| read.and_then(|r| hit_in(&r, family).cloned().map(|hit| (r, hit)))).collect();
+    let meanings: Vec<Meaning<'s>> = reads.into_iter().map(|r| r.and_then(|r| in_family(r, family))).collect();
     let known = meanings.iter().flatten().count();
     let (dialect, dialects) = choose_dialect(registry, source, &meanings);
     let detection = Detection { dialect, dialects, family, candidates, tie_break, known, total: tensors.len() };
-    Ok((detection, meanings))
+    Ok((detection, meanings, None))
+}
+
+fn in_family<'s>(read: Read<'s>, family: usize) -> Meaning<'s> {
+    hit_in(&read, family).cloned().map(|hit| (read, hit))
 }
 
 fn hit_in<'r>(read: &'r Read<'_>, family: usize) -> Option<&'r Hit> {

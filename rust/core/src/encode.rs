@@ -11,6 +11,7 @@ use crate::dtype::Dtype;
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Refusal, Slot};
 use crate::meta;
+use crate::native::{Assembled, NativeOptions, assemble, entry_name};
 use crate::plan::{Fate, Output, Plan};
 use crate::report::Warning;
 use crate::table::pattern::{Template, Variables};
@@ -18,7 +19,7 @@ use crate::table::{AlphaPolicy, Dialect, Op, Place, Row};
 use crate::tensor::Tensor;
 
 /// How to encode.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct EncodeOptions {
     /// Number of the dialect.
     pub dialect: usize,
@@ -38,6 +39,8 @@ pub struct EncodeOptions {
     pub max_rank: Option<usize>,
     /// Widens modules that have several input widths to this one (FLUX.1 Control: 128, Fill: 384).
     pub width: Option<usize>,
+    /// For dialects of quantized models: the base, and how its branches are continued.
+    pub native: Option<NativeOptions>,
 }
 
 /// The highest rank of a plain form that nobody asked for.
@@ -64,7 +67,7 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
         return Err(Error::new(Code::UnsupportedTarget, message));
     }
     let ledger = Ledger::new(composition, dialect, options.lossy, options.strength);
-    let mut encoder = Encoder { adapter, dialect, options, ledger, widened: Vec::new() };
+    let mut encoder = Encoder { adapter, dialect, options, ledger, widened: Vec::new(), branches: None };
     let mut spelled = Vec::new();
     for component in 0..adapter.family_table().components.len() {
         spelled.extend(encoder.component(component)?);
@@ -73,11 +76,11 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
 }
 
 /// A canonical module of one term, at its strength.
-struct Member<'a> {
-    term: usize,
-    key: &'a ModuleKey,
-    address: &'a Address,
-    module: Module,
+pub(crate) struct Member<'a> {
+    pub(crate) term: usize,
+    pub(crate) key: &'a ModuleKey,
+    pub(crate) address: &'a Address,
+    pub(crate) module: Module,
 }
 
 /// Canonical modules that make one module of the target, term by term.
@@ -91,6 +94,8 @@ struct Encoder<'a> {
     ledger: Ledger<'a>,
     /// Modules whose inputs were widened with zeros.
     widened: Vec<String>,
+    /// The branches of a quantized model.
+    branches: Option<Assembled>,
 }
 
 impl<'a> Encoder<'a> {
@@ -103,6 +108,7 @@ impl<'a> Encoder<'a> {
     /// All modules of one component, spelled.
     fn component(&mut self, component: usize) -> Result<Vec<Spelled<'a>>> {
         let modules = self.members(component)?;
+        let modules = self.without_branches(component, modules)?;
         let Some(place) = self.dialect.place(self.adapter.family, component) else {
             for m in modules {
                 self.lose(Code::UnsupportedModule, m.key, &m.module, "has no place there")?;
@@ -139,6 +145,21 @@ impl<'a> Encoder<'a> {
             }
         }
         Ok(members)
+    }
+
+    /// Makes the branches of a quantized model; what is left are plain modules.
+    fn without_branches(&mut self, component: usize, members: Members<'a>) -> Result<Members<'a>> {
+        let Some(native) = self.dialect.native(self.adapter.family).filter(|n| n.component == component) else {
+            return Ok(members);
+        };
+        let Some(options) = &self.options.native else {
+            let message = format!("`{}` is written behind the branches of a quantized base", self.dialect.name);
+            return Err(Error::new(Code::BaseNeeded, message));
+        };
+        let (dtype, max_rank) = (self.options.dtype, self.options.max_rank);
+        let (branches, rest) = assemble(&mut self.ledger, native, options, dtype, max_rank, members)?;
+        self.branches = Some(branches);
+        Ok(rest)
     }
 
     /// Which rows of the namespace the modules belong to, in a fixed order.
@@ -193,9 +214,17 @@ impl<'a> Encoder<'a> {
         }
         let alone = terms.len() == 1;
         let mut modules = Vec::new();
-        for term in terms {
-            let Some(module) = self.join(place, row, term, alone)? else { continue };
-            modules.push(self.without_bias(dialect, key, module)?);
+        let mut owners = Vec::new();
+        for members in terms {
+            let term = members[0].term;
+            let Some(module) = self.join(place, row, members, alone)? else { continue };
+            let module = self.without_bias(dialect, key, module)?.tightened();
+            owners.push((term, module.rank()));
+            modules.push(module);
+        }
+        match self.branches.as_mut().and_then(|b| b.draft.as_mut()) {
+            Some(draft) => draft.outside(&entry_name(self.adapter, key), &owners),
+            None => modules = Module::distinct(modules),
         }
         let sum = match modules.as_slice() {
             [] => return Ok(None),
@@ -239,7 +268,7 @@ impl<'a> Encoder<'a> {
 
     /// The one module that the members of a term make under the row's name in the target namespace.
     fn join(&mut self, place: &Place, row: &'a Row, members: Members<'a>, alone: bool) -> Result<Option<Module>> {
-        let limit = self.options.max_rank.or((!alone).then_some(MAX_RANK));
+        let limit = self.options.max_rank.or((!alone || self.branches.is_some()).then_some(MAX_RANK));
         let Member { key, address, module: first, .. } = &members[0];
         let plain = match limit {
             Some(limit) => first.expanded(limit),
@@ -388,10 +417,17 @@ impl<'a> Encoder<'a> {
     }
 
     fn finish(mut self, spelled: Vec<Spelled<'a>>) -> Result<Plan> {
-        let used = spelled.iter().filter(|s| !s.place.carried).count();
+        let mut used = spelled.iter().filter(|s| !s.place.carried).count();
         let alphas_kept = self.dialect.alpha == AlphaPolicy::Tensor && self.options.strength == 1.0;
         let metadata = meta::of(self.ledger.composition, alphas_kept);
         let mut plan = Plan { modules: spelled.len(), ..Plan::of_outputs(Vec::new(), metadata) };
+        if let Some(branches) = self.branches.take() {
+            used += branches.modules;
+            plan.modules += branches.modules;
+            plan.outputs = branches.outputs;
+            plan.metadata.extend(branches.draft.map(|d| d.finish(self.ledger.composition.terms())));
+            plan.judge(0, true);
+        }
         let mut carried: BTreeMap<usize, usize> = BTreeMap::new();
         for s in &spelled {
             self.ledger.mark(&s.module, if s.place.carried { Fate::Carried } else { Fate::Used });

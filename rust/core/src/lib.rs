@@ -22,6 +22,7 @@ pub mod io;
 pub mod kind;
 pub mod linalg;
 pub mod meta;
+pub mod native;
 pub mod ops;
 pub mod plan;
 pub mod report;

@@ -23,7 +23,7 @@ use crate::bytes::{Decisions, patterned};
 pub fn decode_accounts_for_every_tensor(data: &[u8]) {
     let Some((source, given)) = file(&mut Decisions(data)) else { return };
     let registry = Registry::builtin();
-    let Ok((adapter, problems)) = decode_lenient(&registry, &source, given) else { return };
+    let Ok((adapter, problems)) = decode_lenient(&registry, &source, &given) else { return };
     let placed = adapter.modules.values().flat_map(|p| &p.module.inputs);
     let accounted: BTreeSet<usize> = placed.chain(&adapter.unknown).copied().collect();
     for (index, info) in source.tensors().iter().enumerate() {
@@ -43,10 +43,10 @@ pub fn encode_gives_every_tensor_a_fate(data: &[u8]) {
     let mut decisions = Decisions(data);
     let options = options(&mut decisions);
     let Some((source, given)) = file(&mut decisions) else { return };
-    let Ok((adapter, problems)) = decode_lenient(&Registry::builtin(), &source, given) else { return };
+    let Ok((adapter, problems)) = decode_lenient(&Registry::builtin(), &source, &given) else { return };
     if problems.is_empty() {
         for dialect in 0..adapter.registry.dialects.len() {
-            encode_one(&adapter, EncodeOptions { dialect, ..options });
+            encode_one(&adapter, EncodeOptions { dialect, ..options.clone() });
         }
     }
 }
@@ -77,6 +77,7 @@ fn options(decisions: &mut Decisions<'_>) -> EncodeOptions {
         strength: *decisions.pick(&[1.0, 0.5, -0.3]),
         max_rank: *decisions.pick(&[None, Some(16)]),
         width: None,
+        native: None,
         unknown: *decisions.pick(&[Unknown::Drop, Unknown::Keep]),
         lossy: decisions.once_in(2),
         sidecar: decisions.once_in(2),
@@ -135,6 +136,7 @@ fn file(decisions: &mut Decisions<'_>) -> Option<(Arc<Source>, Given)> {
     let given = Given {
         family: decisions.once_in(8).then(|| decisions.below(registry.families.len())),
         dialect: decisions.once_in(8).then(|| decisions.below(registry.dialects.len())),
+        ..Given::default()
     };
     let mut tensors: Vec<(TensorInfo, Bytes)> = Vec::new();
     let mut names = BTreeSet::new();

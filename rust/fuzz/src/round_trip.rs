@@ -53,7 +53,7 @@ fn registry() -> &'static Arc<Registry> {
 
 fn read(source: Source) -> lorafmt_core::Result<Adapter> {
     let options = ConvertOptions { family: Some("toy".to_owned()), ..ConvertOptions::default() };
-    open(registry(), source, &options)
+    open(registry(), source, &options, None)
 }
 
 fn through(adapter: &Adapter, from: &Dialect, to: &Dialect, must_work: bool) {

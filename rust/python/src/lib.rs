@@ -84,6 +84,7 @@ fn options(json: &str) -> Result<ConvertOptions> {
         lossy: word("lossy", &["error", "allow"])? == "allow",
         max_rank: None,
         width: None,
+        native: None,
     })
 }
 
@@ -126,7 +127,7 @@ impl Adapter {
         enter(py, None, |_| {
             let (registry, options) = (registry(), options?);
             let given = convert::given(&registry, options.family.as_deref(), options.from.as_deref())?;
-            let (inner, problems) = decode_lenient(&registry, &Arc::new(source.open()?), given)?;
+            let (inner, problems) = decode_lenient(&registry, &Arc::new(source.open()?), &given)?;
             Ok(Self { inner, problems })
         })
     }
@@ -178,8 +179,8 @@ impl Adapter {
     /// Checks structure, pairs, shapes, names and values; JSON.
     fn check(&self, py: Python<'_>) -> PyResult<String> {
         enter(py, None, |_| {
-            let given = Given { family: Some(self.inner.family), dialect: None };
-            core_check(&self.inner.registry, &self.inner.source, given).map(|report| to_json(&report))
+            let given = Given { family: Some(self.inner.family), ..Given::default() };
+            core_check(&self.inner.registry, &self.inner.source, &given).map(|report| to_json(&report))
         })
     }
 
@@ -193,8 +194,8 @@ impl Adapter {
             let report = convert::convert(&Composition::of(adapter), &options, Target::Stream(&mut bytes), control)?;
             // A name of its own: beside the input's there may be a configuration, which has been applied by now.
             let source = Source::from_bytes(Path::new("<converted>"), Box::new(bytes))?;
-            let given = Given { family: Some(adapter.family), dialect: None };
-            let (inner, problems) = decode_lenient(&adapter.registry, &Arc::new(source), given)?;
+            let given = Given { family: Some(adapter.family), ..Given::default() };
+            let (inner, problems) = decode_lenient(&adapter.registry, &Arc::new(source), &given)?;
             Ok((Self { inner, problems }, to_json(&report)))
         })
     }
@@ -291,7 +292,7 @@ fn check(py: Python<'_>, source: SourceArgument<'_>, options: &str) -> PyResult<
     enter(py, None, |_| {
         let (registry, options) = (registry(), options?);
         let given = convert::given(&registry, options.family.as_deref(), options.from.as_deref())?;
-        core_check(&registry, &Arc::new(source.open()?), given).map(|report| to_json(&report))
+        core_check(&registry, &Arc::new(source.open()?), &given).map(|report| to_json(&report))
     })
 }
 

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use lorafmt_core::dtype::Dtype;
 
-use super::{Inputs, Reading};
+use super::{Inputs, NativeArgs, Reading};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,6 +44,14 @@ pub(crate) struct ConvertArgs {
     /// Whether to leave out what the target cannot hold
     #[arg(long, value_enum, default_value = "error", value_name = "HOW")]
     pub(crate) lossy: LossyArg,
+    /// Write LoHa and LoKr as LoRA where that is exact and takes at most N ranks
+    #[arg(long, value_name = "N")]
+    pub(crate) max_rank: Option<usize>,
+    /// Widen the inputs of modules that come in several widths to N, with zeros
+    #[arg(long, value_name = "N")]
+    pub(crate) widen: Option<usize>,
+    #[command(flatten)]
+    pub(crate) native: NativeArgs,
     /// Print the plan and write nothing
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,

@@ -8,6 +8,7 @@ mod diff;
 mod formats;
 mod inspect;
 mod man;
+mod native;
 mod sample;
 
 use std::ffi::{OsStr, OsString};
@@ -24,6 +25,7 @@ pub(crate) use diff::DiffArgs;
 pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
+pub(crate) use native::{NativeArgs, PrecisionArg};
 pub(crate) use sample::SampleArgs;
 
 const EXAMPLES: &str = "\

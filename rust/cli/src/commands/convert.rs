@@ -7,12 +7,13 @@ use lorafmt_core::adapter::Adapter;
 use lorafmt_core::compose::{Composition, Unknown};
 use lorafmt_core::convert::{self, ConvertOptions, Target, is_folder_name};
 use lorafmt_core::io::{Layout, WriteOptions};
+use lorafmt_core::native::{Base, NativeOptions};
 use lorafmt_core::report::{Report, Warning};
 use lorafmt_core::table::{AlphaPolicy, Dialect, Registry};
 use lorafmt_core::{Code, Error, Result};
 
 use super::Context;
-use crate::args::{ConvertArgs, LossyArg, UnknownArg};
+use crate::args::{ConvertArgs, LossyArg, NativeArgs, PrecisionArg, UnknownArg};
 use crate::output::{self, Converted, Progress};
 use crate::sources::{self, Input};
 use crate::targets::{self, Goal};
@@ -23,6 +24,7 @@ struct Task<'a> {
     args: &'a ConvertArgs,
     registry: Arc<Registry>,
     options: ConvertOptions,
+    base: Option<Arc<Base>>,
     /// Number of the dialect.
     dialect: usize,
     /// Whether the reports tell the hashes of the sources.
@@ -42,12 +44,28 @@ pub(super) fn run(args: &ConvertArgs, context: &mut Context) -> Result<ExitStatu
         let error = Error::new(Code::InvalidArgument, "`--json` and `-o -` both write to standard output");
         return Err(error.hint("name a file with `-o`"));
     }
-    let task = Task { args, registry, options: options(args), dialect, hashed: context.out.json };
+    let base = open_base(&registry, &args.native)?;
+    let options = options(args, base.as_ref());
+    let task = Task { args, registry, options, base, dialect, hashed: context.out.json };
     let work = |i: usize, input: &Input, progress: &Progress| task.convert(input, &goals[i], progress);
     Ok(context.answer_all(&found, context.out.view, work))
 }
 
-fn options(args: &ConvertArgs) -> ConvertOptions {
+/// The base, opened once for all files.
+pub(super) fn open_base(registry: &Registry, args: &NativeArgs) -> Result<Option<Arc<Base>>> {
+    args.base.as_deref().map(|path| Base::open(registry, path).map(Arc::new)).transpose()
+}
+
+pub(super) fn native_options(args: &NativeArgs, base: Option<&Arc<Base>>) -> Option<NativeOptions> {
+    base.map(|base| NativeOptions {
+        base: Arc::clone(base),
+        layout: args.layout.layout(),
+        precision: args.precision.map(PrecisionArg::precision),
+        describe: true,
+    })
+}
+
+fn options(args: &ConvertArgs, base: Option<&Arc<Base>>) -> ConvertOptions {
     ConvertOptions {
         to: args.to.clone(),
         from: args.reading.from.clone(),
@@ -60,7 +78,9 @@ fn options(args: &ConvertArgs) -> ConvertOptions {
             UnknownArg::Keep => Unknown::Keep,
         },
         lossy: args.lossy == LossyArg::Allow,
-        ..ConvertOptions::default()
+        max_rank: args.max_rank,
+        width: args.widen,
+        native: native_options(&args.native, base),
     }
 }
 
@@ -71,7 +91,7 @@ impl Task<'_> {
 
     fn convert(&self, input: &Input, goal: &Goal, progress: &Progress) -> Result<Converted> {
         let started = Instant::now();
-        let adapter = convert::open(&self.registry, input.open()?, &self.options)?;
+        let adapter = convert::open(&self.registry, input.open()?, &self.options, self.base.clone())?;
         let adapter = &adapter;
         // Every byte is read for the hash; that takes as long as the conversion, so both happen at once.
         let (report, sha256) = std::thread::scope(|scope| {

@@ -14,7 +14,7 @@ pub(super) fn run(args: &DetectArgs, context: &mut Context) -> Result<ExitStatus
     let found = sources::find(&args.inputs, None)?;
     Ok(context.answer_all(&found, context.out.view, |_, input, _| {
         let source = input.open()?;
-        let (detection, _) = detect(&registry, &source, given)?;
+        let (detection, ..) = detect(&registry, &source, &given)?;
         Ok(describe(&registry, &detection, source.path().to_string_lossy().into_owned()))
     }))
 }

@@ -23,7 +23,7 @@ pub(super) fn run(args: &DiffArgs, context: &mut Context) -> Result<ExitStatus> 
     let registry = context.registry()?;
     let given = context.given(&registry, &args.reading)?;
     let open = |input: Input| match input.open() {
-        Ok(source) => decode(&registry, &Arc::new(source), given),
+        Ok(source) => decode(&registry, &Arc::new(source), &given),
         Err(error) if error.code() == Code::IsADirectory => Err(error.hint("name a file, or a PEFT folder")),
         Err(error) => Err(error),
     };

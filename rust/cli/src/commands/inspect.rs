@@ -15,7 +15,7 @@ pub(super) fn run(args: &InspectArgs, context: &mut Context) -> Result<ExitStatu
     let found = sources::find(&args.inputs, None)?;
     let view = View { meta: args.meta, ..context.out.view };
     Ok(context.answer_all(&found, view, |_, input, _| {
-        let (adapter, problems) = decode_lenient(&registry, &Arc::new(input.open()?), given)?;
+        let (adapter, problems) = decode_lenient(&registry, &Arc::new(input.open()?), &given)?;
         Ok(inspect::inspect(&adapter, &problems))
     }))
 }

@@ -22,11 +22,22 @@ impl Module {
         Module::sum(&[self, other]).map_err(|Refusal(reason)| Refusal(format!("is claimed twice: it {reason}")))
     }
 
+    /// The sum of two parts of a module that have different inputs. Where they share `up`, their ranks stay one.
+    pub fn beside(&self, other: &Module) -> Result<Module, Refusal> {
+        let pair = |slot| self.get(slot).zip(other.get(slot));
+        let shared = pair(Slot::Up).is_some_and(|(a, b)| a.same_as(b)) && self.scale == other.scale;
+        let overlaid = pair(Slot::Down).filter(|_| shared).and_then(|(a, b)| a.overlaid(b));
+        let Some(down) = overlaid else { return Module::sum(&[self, other]) };
+        let mut out = self.clone();
+        out.tensors.insert(Slot::Down, down);
+        out.inputs = union([self, other].into_iter());
+        Ok(out)
+    }
+
     /// The sum of several adapters' modules: ranks side by side, biases and differences added.
     ///
-    /// Exact: factors are copied, and scaled (rounded once) only where the terms' scales differ. A term that has the
-    /// very factors of an earlier one costs no rank: their scales add. Narrower inputs (FLUX.1 beside its Control or
-    /// Fill variant) are widened with zeros.
+    /// Exact: factors are copied, and scaled (rounded once) only where the terms' scales differ. Narrower inputs
+    /// (FLUX.1 beside its Control or Fill variant) are widened with zeros.
     pub fn sum(terms: &[&Module]) -> Result<Module, Refusal> {
         if let [one] = terms {
             return Ok(one.tightened());
@@ -65,12 +76,38 @@ impl Module {
         Ok(out)
     }
 
+    /// The same sum without repetitions: a LoRA with the very factors of an earlier one adds its scale to it.
+    #[must_use]
+    pub fn distinct(terms: Vec<Module>) -> Vec<Module> {
+        let mut out: Vec<Module> = Vec::new();
+        for term in terms {
+            let same = |m: &Module, slot| m.get(slot).zip(term.get(slot)).is_some_and(|(x, y)| x.same_as(y));
+            let plain = |m: &Module| m.kind == Kind::Lora && m.tensors.len() == 2;
+            let twin = out.iter_mut().find(|m| plain(m) && plain(&term) && same(m, Slot::Down) && same(m, Slot::Up));
+            match twin {
+                Some(twin) => {
+                    twin.scale += term.scale;
+                    twin.alpha = None;
+                    twin.inputs = union([&*twin, &term].into_iter());
+                }
+                None => out.push(term),
+            }
+        }
+        out
+    }
+
     /// One module of several parts, stacked by output rows; absent parts are zero.
     ///
     /// Parts that share everything but their rows (equal `down`) keep sharing it. Otherwise ranks stand side by side
     /// and the row factors become block-diagonal, which is what sd-scripts writes for split training; single rows of
     /// `down` that several parts have are still written once.
     pub fn fuse(parts: &[Option<&Module>], rows: &[usize]) -> Result<Module, Refusal> {
+        // Parts of something larger do not need the columns that belong to its other parts.
+        let of_these = |m: &Module| m.cut_from.as_ref().is_none_or(|c| *c.parts == *rows);
+        if !parts.iter().flatten().all(|m| of_these(m)) {
+            let tight: Vec<Option<Module>> = parts.iter().map(|p| p.map(Module::tightened)).collect();
+            return Self::fuse(&tight.iter().map(Option::as_ref).collect::<Vec<_>>(), rows);
+        }
         let present: Vec<&Module> = parts.iter().flatten().copied().collect();
         let first = present[0];
         if present.iter().any(|m| m.kind != first.kind || m.is_dora() != first.is_dora()) {
@@ -187,27 +224,20 @@ fn union<'m>(modules: impl Iterator<Item = &'m Module>) -> Vec<usize> {
     inputs
 }
 
-/// The factors of a sum of LoRA, those of each term once.
+/// The factors of a sum of LoRA.
 fn sum_of_factors(terms: &[&Module]) -> Module {
     let width = terms.iter().filter_map(|m| m.get(Slot::Down)).map(Tensor::cols).max().unwrap_or(0);
-    let mut distinct: Vec<Module> = Vec::new();
+    let mut wide: Vec<Module> = Vec::new();
     for term in terms.iter().filter(|m| m.kind == Kind::Lora) {
         let mut term = term.tightened();
-        let twin = |m: &&mut Module| {
-            [Slot::Down, Slot::Up].iter().all(|s| m.tensors.get(s).zip(term.get(*s)).is_some_and(|(x, y)| x.same_as(y)))
-        };
-        if let Some(twin) = distinct.iter_mut().find(twin) {
-            twin.scale += term.scale;
-            continue;
-        }
         if let Some(down) = term.tensors.get_mut(&Slot::Down) {
             *down = down.padded(down.rows(), width);
         }
-        distinct.push(term);
+        wide.push(term);
     }
-    let same_scale = distinct.iter().all(|m| m.scale == distinct[0].scale);
-    let scale = if same_scale { distinct[0].scale } else { 1.0 };
-    let terms: Vec<Module> = distinct.into_iter().map(|m| if same_scale { m } else { m.folded() }).collect();
+    let same_scale = wide.iter().all(|m| m.scale == wide[0].scale);
+    let scale = if same_scale { wide[0].scale } else { 1.0 };
+    let terms: Vec<Module> = wide.into_iter().map(|m| if same_scale { m } else { m.folded() }).collect();
     let pick = |slot| terms.iter().filter_map(|m| m.get(slot).cloned()).collect::<Vec<_>>();
     let (downs, ups) = (pick(Slot::Down), pick(Slot::Up));
     let mut out = Module::new(

@@ -45,7 +45,7 @@ impl AlphaSource {
 pub(super) struct CutFrom {
     up: Tensor,
     /// Output rows of all parts.
-    parts: Arc<[usize]>,
+    pub(super) parts: Arc<[usize]>,
     index: usize,
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::pattern::{Template, alternatives};
-use super::{Component, Dialect, Family, Op, Place, Registry, Row, lookup, raw};
+use super::{Component, Dialect, Family, Op, Place, Registry, Row, lookup, native, raw};
 use crate::error::{Code, Error, Result};
 use crate::kind::Slot;
 
@@ -18,8 +18,8 @@ const COMPONENTS: &[(&str, &str)] = builtin!["components/clip-l.toml" "component
 const FAMILIES: &[(&str, &str)] = builtin!["families/flux1.toml" "families/chroma.toml"];
 const DIALECTS: &[(&str, &str)] = builtin![
     "dialects/aitoolkit.toml" "dialects/bfl.toml" "dialects/comfyui.toml" "dialects/diffusers.toml"
-    "dialects/kohya.toml" "dialects/lycoris.toml" "dialects/onetrainer.toml" "dialects/peft.toml"
-    "dialects/xlabs.toml"
+    "dialects/kohya.toml" "dialects/lycoris.toml" "dialects/nunchaku.toml" "dialects/onetrainer.toml"
+    "dialects/peft.toml" "dialects/xlabs.toml"
 ];
 
 fn invalid(file: &str, message: impl std::fmt::Display) -> Error {
@@ -206,11 +206,7 @@ fn dialect(file: &str, raw: raw::Dialect, families: &[Family]) -> Result<Dialect
     let mut places = Vec::new();
     for place in raw.place {
         for name in &place.families {
-            let family = families.iter().position(|f| f.name == *name);
-            let family = family.ok_or_else(|| invalid(file, format!("no family is called `{name}`")))?;
-            let component = families[family].component(&place.component);
-            let component =
-                component.ok_or_else(|| invalid(file, format!("`{name}` has no component `{}`", place.component)))?;
+            let (family, component) = find(file, families, name, &place.component)?;
             let namespace = families[family].components[component].namespace(&place.namespace);
             let namespace = namespace.ok_or_else(|| {
                 invalid(file, format!("`{}` of `{name}` has no namespace `{}`", place.component, place.namespace))
@@ -225,6 +221,14 @@ fn dialect(file: &str, raw: raw::Dialect, families: &[Family]) -> Result<Dialect
                 spelled_as: place.spelled_as.clone(),
                 write: place.write,
             });
+        }
+    }
+    let mut natives = Vec::new();
+    for table in &raw.native {
+        for name in &table.families {
+            let (family, component) = find(file, families, name, &table.component)?;
+            let compiled = native::compile(table, family, component, &families[family].components[component]);
+            natives.push(compiled.map_err(|e| invalid(file, e))?);
         }
     }
     let mut spelling = BTreeMap::new();
@@ -246,5 +250,14 @@ fn dialect(file: &str, raw: raw::Dialect, families: &[Family]) -> Result<Dialect
         spelling,
         loaders: raw.loaders,
         places,
+        natives,
     })
+}
+
+/// The numbers of a family and of its component.
+fn find(file: &str, families: &[Family], name: &str, component: &str) -> Result<(usize, usize)> {
+    let family = families.iter().position(|f| f.name == *name);
+    let family = family.ok_or_else(|| invalid(file, format!("no family is called `{name}`")))?;
+    let found = families[family].component(component);
+    Ok((family, found.ok_or_else(|| invalid(file, format!("`{name}` has no component `{component}`")))?))
 }

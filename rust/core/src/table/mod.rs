@@ -7,6 +7,7 @@
 
 mod load;
 mod lookup;
+mod native;
 pub mod pattern;
 mod raw;
 
@@ -17,6 +18,7 @@ use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
 pub use lookup::{Hit, Read, SuffixMatch};
+pub use native::{Layer, Native};
 use pattern::Template;
 
 use crate::error::{Code, Error, Result};
@@ -100,8 +102,13 @@ pub struct Component {
 impl Component {
     /// The block numbers of every instance of a row.
     pub fn instances(&self, row: &Row) -> Vec<pattern::Variables> {
+        self.instances_of(&row.canonical[0])
+    }
+
+    /// The block numbers of every instance of a template.
+    pub fn instances_of(&self, template: &Template) -> Vec<pattern::Variables> {
         let mut all = vec![vec![0; self.variables.len()]];
-        for (variable, below) in row.canonical[0].bounds() {
+        for (variable, below) in template.bounds() {
             let numbered = |v: &pattern::Variables, n: u32| {
                 let mut v = v.clone();
                 v[variable] = n;
@@ -110,6 +117,17 @@ impl Component {
             all = all.iter().flat_map(|v| (0..below).map(move |n| numbered(v, n))).collect();
         }
         all
+    }
+
+    /// The row, its part and the block numbers of a canonical module.
+    pub fn canonical(&self, path: &str) -> Option<(usize, usize, pattern::Variables)> {
+        let skeleton = pattern::Skeleton::of(path)?;
+        self.rows.iter().enumerate().find_map(|(r, row)| {
+            row.canonical.iter().enumerate().find_map(|(part, template)| {
+                let variables = template.matches(&skeleton.digits, self.variables.len())?;
+                (template.render(&variables) == path).then_some((r, part, variables))
+            })
+        })
     }
 
     /// The number of a namespace.
@@ -188,12 +206,19 @@ pub struct Dialect {
     pub loaders: BTreeMap<String, BTreeMap<String, String>>,
     /// Where it puts what.
     pub places: Vec<Place>,
+    /// The layers of quantized models that it makes branches for.
+    pub natives: Vec<Native>,
 }
 
 impl Dialect {
     /// The place that is written for a component.
     pub fn place(&self, family: usize, component: usize) -> Option<&Place> {
         self.places.iter().find(|p| p.write && p.family == family && p.component == component)
+    }
+
+    /// The quantized model of a family, if it writes branches for one.
+    pub fn native(&self, family: usize) -> Option<&Native> {
+        self.natives.iter().find(|n| n.family == family)
     }
 
     /// Whether it can be written for a family.

@@ -104,9 +104,39 @@ pub(super) struct Dialect {
     #[serde(default)]
     pub loaders: BTreeMap<String, BTreeMap<String, String>>,
     pub place: Vec<Place>,
+    /// Layers of quantized models.
+    #[serde(default)]
+    pub native: Vec<Native>,
     /// Names of its own for modules of a family.
     #[serde(default)]
     pub extend: Vec<Extend>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Native {
+    pub families: Vec<String>,
+    pub component: String,
+    pub down: Vec<String>,
+    pub up: Vec<String>,
+    pub smooth: Vec<String>,
+    pub smooth_orig: Vec<String>,
+    pub layers: Vec<Layer>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Layer {
+    pub module: String,
+    pub layer: String,
+    pub later: Option<String>,
+    pub vector: Option<String>,
+    pub columns: Option<[usize; 2]>,
+    pub interleave: Option<usize>,
+    pub joint: Option<String>,
+    #[serde(default)]
+    pub attention: bool,
+    pub values: Option<String>,
 }
 
 fn last() -> u32 {

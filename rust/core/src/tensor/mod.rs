@@ -188,6 +188,12 @@ impl Tensor {
         Self { shape, dtype: self.dtype, pieces }
     }
 
+    /// Puts another tensor into this frame, with its upper left corner at `at`. It must fit, and cover nothing.
+    pub fn put(&mut self, other: &Tensor, at: (usize, usize)) {
+        debug_assert!(at.0 + other.rows() <= self.rows() && at.1 + other.cols() <= self.cols());
+        self.place(other, at);
+    }
+
     fn place(&mut self, other: &Tensor, at: (usize, usize)) {
         for p in &other.pieces {
             let mut p = p.clone();

@@ -1,0 +1,544 @@
+//! From canonical modules to the branches of a quantized model.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::base::{Base, BaseLayer, Precision, Smoothing};
+use super::manifest::{BaseEntry, Entry, KEY, Manifest, compress};
+use super::pack::{Side, TILE, pack};
+use super::scaling::{divide_rows, multiply_columns};
+use crate::adapter::ModuleKey;
+use crate::compose::{Ledger, Term};
+use crate::dtype::Dtype;
+use crate::encode::{MAX_RANK, Member};
+use crate::error::{Code, Error, Result};
+use crate::kind::{Kind, Module, Refusal, Slot};
+use crate::plan::{Fate, Output};
+use crate::report::Warning;
+use crate::table::{Component, Layer, Native, Op};
+use crate::tensor::Tensor;
+
+/// The highest total rank of a layer: the kernels keep one scale for 16 ranks, 64 of them (nunchaku: `MAX_RANK`).
+pub const MAX_TOTAL_RANK: usize = 1024;
+
+/// Where each adapter's ranks start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Layout {
+    /// On multiples of 16, so that each has rank scales of its own.
+    #[default]
+    Aligned,
+    /// Right behind the one before, as Nunchaku itself composes them.
+    Packed,
+}
+
+impl Layout {
+    /// The name in options and metadata.
+    pub fn name(self) -> &'static str {
+        match self {
+            Layout::Aligned => "aligned",
+            Layout::Packed => "packed",
+        }
+    }
+
+    /// The layout of that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Layout::Aligned, Layout::Packed].into_iter().find(|l| l.name() == name)
+    }
+}
+
+/// How native branches are made.
+#[derive(Debug, Clone)]
+pub struct NativeOptions {
+    /// The checkpoint whose branches come first.
+    pub base: Arc<Base>,
+    /// Where each adapter's ranks start.
+    pub layout: Layout,
+    /// What the base is expected to be quantized to.
+    pub precision: Option<Precision>,
+    /// Whether the metadata is wanted: it holds hashes over the inputs.
+    pub describe: bool,
+}
+
+/// The branches of all layers.
+pub(crate) struct Assembled {
+    pub(crate) outputs: Vec<Output>,
+    pub(crate) draft: Option<Draft>,
+    /// Layers that some adapter touches.
+    pub(crate) modules: usize,
+}
+
+/// A canonical module of one term.
+struct Part {
+    term: usize,
+    module: Module,
+}
+
+/// What the terms do to one layer of the base.
+struct Target<'a> {
+    layer: &'a Layer,
+    name: String,
+    base: &'a BaseLayer,
+    /// Folded factors by term.
+    terms: Vec<(usize, Module)>,
+    /// Ranks behind the base's.
+    added: usize,
+    /// First rank and rank of each term, counted from the first of the base.
+    ranges: Vec<(usize, usize)>,
+}
+
+impl Target<'_> {
+    fn total(&self) -> usize {
+        self.base.rank() + self.added
+    }
+}
+
+/// Makes the branches. Members that belong to no layer come back: they are plain modules of the adapter.
+pub(crate) fn assemble<'m>(
+    ledger: &mut Ledger<'_>,
+    native: &Native,
+    options: &NativeOptions,
+    dtype: Option<Dtype>,
+    max_rank: Option<usize>,
+    members: Vec<Member<'m>>,
+) -> Result<(Assembled, Vec<Member<'m>>)> {
+    let first = ledger.composition.first();
+    let base = &options.base;
+    check_base(base, &first.family_table().name, options.precision)?;
+    let component = first.component(native.component);
+    let terms = ledger.composition.terms().len();
+    let mut assembler = Assembler {
+        ledger,
+        native,
+        component,
+        base,
+        layout: options.layout,
+        dtype: dtype.filter(|d| d.size() == 2).unwrap_or(Dtype::BF16),
+        max_rank: max_rank.unwrap_or(MAX_RANK),
+        parts: BTreeMap::new(),
+        biases: BTreeMap::new(),
+        vectors: vec![BTreeSet::new(); terms],
+    };
+    let rest = assembler.sort(members)?;
+    let targets = assembler.targets()?;
+    let targets = assembler.ranked(targets)?;
+    let mut outputs = Vec::new();
+    for target in &targets {
+        assembler.branches(target, &mut outputs);
+    }
+    assembler.vectors(&mut outputs);
+    assembler.judge_smoothing();
+    let draft = options.describe.then(|| assembler.draft(&targets));
+    let modules = targets.iter().filter(|t| !t.terms.is_empty()).count();
+    Ok((Assembled { outputs, draft, modules }, rest))
+}
+
+fn check_base(base: &Base, family: &str, precision: Option<Precision>) -> Result<()> {
+    if base.family() != family {
+        let message = format!("the base is a {} model, the adapter is for {family}", base.family());
+        return Err(Error::new(Code::WrongBase, message)
+            .at(base.path())
+            .hint("name a quantized checkpoint of the same family"));
+    }
+    match (precision, base.precision()) {
+        (Some(asked), Some(found)) if asked != found => {
+            let message = format!("the base is quantized to {}, but {} was asked for", found.name(), asked.name());
+            Err(Error::new(Code::WrongBase, message).at(base.path()))
+        }
+        _ => Ok(()),
+    }
+}
+
+struct Assembler<'l, 'c, 'a> {
+    ledger: &'l mut Ledger<'c>,
+    native: &'a Native,
+    component: &'a Component,
+    base: &'a Base,
+    layout: Layout,
+    /// Of modulation layers, which have no branch in the base.
+    dtype: Dtype,
+    max_rank: usize,
+    /// Canonical modules of the layers, by path.
+    parts: BTreeMap<String, Vec<Part>>,
+    /// Bias differences by canonical path.
+    biases: BTreeMap<String, Vec<(usize, Tensor)>>,
+    /// Keys of the bias differences that each term has a part in.
+    vectors: Vec<BTreeSet<String>>,
+}
+
+impl<'a> Assembler<'_, '_, 'a> {
+    /// Takes out what belongs to layers: factors into `parts`, bias differences into `biases`.
+    fn sort<'m>(&mut self, members: Vec<Member<'m>>) -> Result<Vec<Member<'m>>> {
+        let claimed: BTreeMap<String, bool> = self
+            .instances()
+            .flat_map(|(layer, variables, name)| {
+                let held = self.base.layer(&name).is_some();
+                layer.modules.iter().map(move |m| (m.render(&variables), held)).collect::<Vec<_>>()
+            })
+            .collect();
+        let mut rest = Vec::new();
+        for member in members {
+            let row = &self.component.rows[member.address.row];
+            let whole = member.address.namespace > 0;
+            let inside = whole || claimed.contains_key(&member.key.path);
+            if row.op == Op::Only || (!inside && member.module.get(Slot::DiffB).is_none()) {
+                rest.push(member);
+            } else if !inside {
+                rest.extend(self.take_bias(member));
+            } else {
+                self.take(member, &claimed)?;
+            }
+        }
+        Ok(rest)
+    }
+
+    /// Every layer of the model with its name.
+    fn instances(&self) -> impl Iterator<Item = (&'a Layer, Vec<u32>, String)> + use<'a> {
+        let component = self.component;
+        self.native.layers.iter().flat_map(move |layer| {
+            let named = move |v: Vec<u32>| {
+                let name = layer.name.render(&v);
+                (layer, v, name)
+            };
+            component.instances_of(&layer.name).into_iter().map(named)
+        })
+    }
+
+    /// The bias of a module outside the layers is a vector of its own; the rest of the module comes back.
+    fn take_bias<'m>(&mut self, mut member: Member<'m>) -> Option<Member<'m>> {
+        let bias = member.module.tensors.remove(&Slot::DiffB)?;
+        self.biases.entry(member.key.path.clone()).or_default().push((member.term, bias));
+        if member.module.tensors.is_empty() {
+            self.ledger.mark(&member.module, Fate::Used);
+            return None;
+        }
+        Some(member)
+    }
+
+    /// One module of the layers, whole or in parts.
+    fn take(&mut self, member: Member<'_>, claimed: &BTreeMap<String, bool>) -> Result<()> {
+        match self.plain(&member) {
+            Err((code, Refusal(reason))) => self.lose(code, member.key, &member.module, &reason),
+            Ok(parts) => {
+                let missing = parts.iter().find(|(path, _)| !claimed.get(path).copied().unwrap_or(false));
+                if missing.is_some() {
+                    let reason = "is of a block that the base does not have";
+                    return self.lose(Code::UnsupportedModule, member.key, &member.module, reason);
+                }
+                self.ledger.mark(&member.module, Fate::Used);
+                if member.module.rank().is_some() {
+                    self.ledger.alpha.add(member.module.alpha_source);
+                }
+                for (path, mut module) in parts {
+                    if let Some(bias) = module.tensors.remove(&Slot::DiffB) {
+                        self.biases.entry(path.clone()).or_default().push((member.term, bias));
+                    }
+                    if module.kind == Kind::Lora {
+                        self.parts.entry(path).or_default().push(Part { term: member.term, module });
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A member as plain LoRA under canonical names.
+    fn plain(&self, member: &Member<'_>) -> Result<Vec<(String, Module)>, (Code, Refusal)> {
+        let unsupported = |r: Refusal| (Code::UnsupportedKind, r);
+        let say = |text: &str| Err((Code::UnsupportedKind, Refusal(text.to_owned())));
+        if member.module.is_dora() {
+            return say("is DoRA, which needs the base weights: a quantized base does not hold them");
+        }
+        let module = member.module.expanded(self.max_rank).map_err(unsupported)?;
+        if !matches!(module.kind, Kind::Lora | Kind::Bias) {
+            return say(&format!("is {}, which a low-rank branch cannot hold", module.kind_name()));
+        }
+        if module.get(Slot::Mid).is_some() {
+            return say("has a Tucker core (`lora_mid`), which a low-rank branch cannot hold");
+        }
+        if member.address.namespace == 0 {
+            return Ok(vec![(member.key.path.clone(), module)]);
+        }
+        let row = &self.component.rows[member.address.row];
+        let path = |part: usize| row.canonical[part].render(&member.address.variables);
+        if row.op == Op::SwapHalves {
+            return Ok(vec![(path(0), module.swap_halves().map_err(unsupported)?)]);
+        }
+        let outputs: Arc<[usize]> = Arc::from(row.outputs.as_slice());
+        let cut = |part: usize| Ok((path(part), module.cut(&outputs, part).map_err(unsupported)?));
+        (0..outputs.len()).map(cut).collect()
+    }
+
+    fn lose(&mut self, code: Code, key: &ModuleKey, module: &Module, reason: &str) -> Result<()> {
+        let name = self.ledger.composition.first().display(key);
+        self.ledger.lose(code, &name, module, reason)
+    }
+
+    /// The layers of the base, each with what the terms do to it.
+    fn targets(&mut self) -> Result<Vec<Target<'a>>> {
+        let mut targets = Vec::new();
+        for (layer, variables, name) in self.instances() {
+            let Some(base) = self.base.layer(&name) else { continue };
+            let paths: Vec<String> = layer.modules.iter().map(|m| m.render(&variables)).collect();
+            let mut terms = Vec::new();
+            for term in 0..self.ledger.composition.terms().len() {
+                match self.term(layer, &variables, &paths, base, term) {
+                    Ok(module) => terms.extend(module.map(|m| (term, m))),
+                    Err(Refusal(reason)) => {
+                        let t = &self.ledger.composition.terms()[term];
+                        let message = format!("`{name}` {reason}");
+                        return Err(Error::new(Code::UnsupportedKind, message).at(t.adapter.source.path()));
+                    }
+                }
+            }
+            targets.push(Target { layer, name, base, terms, added: 0, ranges: Vec::new() });
+        }
+        Ok(targets)
+    }
+
+    /// The factors of one term in a layer.
+    fn term(
+        &self,
+        layer: &Layer,
+        variables: &[u32],
+        paths: &[String],
+        base: &BaseLayer,
+        term: usize,
+    ) -> Result<Option<Module>, Refusal> {
+        let find = |path: &String| self.parts.get(path)?.iter().find(|p| p.term == term).map(|p| p.module.clone());
+        let mut parts: Vec<Option<Module>> = paths.iter().map(find).collect();
+        if parts.iter().all(Option::is_none) {
+            return Ok(None);
+        }
+        if let (Some(fed), Some(values)) = (layer.values, parts.last_mut().and_then(Option::as_mut)) {
+            let fed = self.base.layer(&self.native.layers[fed].name.render(variables));
+            if let Some(Smoothing::Fused(factor)) = fed.map(|l| &l.smoothing) {
+                divide_rows(values, factor);
+            }
+        }
+        let mut module = match parts.as_slice() {
+            [Some(one)] => one.tightened(),
+            _ => Module::fuse(&parts.iter().map(Option::as_ref).collect::<Vec<_>>(), &layer.outputs)?,
+        };
+        if let (Some(columns), Some(down)) = (&layer.columns, module.tensors.get_mut(&Slot::Down)) {
+            *down = down.slice_cols(columns.clone());
+        }
+        if let Smoothing::Fused(factor) = &base.smoothing {
+            multiply_columns(&mut module, factor);
+        }
+        Ok(Some(module.folded()))
+    }
+
+    /// Decides how many ranks each layer gets, and where each term's are.
+    fn ranked(&mut self, mut targets: Vec<Target<'a>>) -> Result<Vec<Target<'a>>> {
+        let mut groups: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+        for (at, target) in targets.iter().enumerate() {
+            let block = block_of(&target.name);
+            let group = target.layer.joint.as_ref().map_or_else(|| target.name.clone(), |j| format!("{block} {j}"));
+            groups.entry(group).or_default().push(at);
+        }
+        let align = |n: usize| n.next_multiple_of(TILE);
+        for members in groups.values() {
+            let widest = |term: usize| {
+                let ranks = members.iter().flat_map(|&at| targets[at].terms.iter().filter(|(t, _)| *t == term));
+                ranks.filter_map(|(_, m)| m.rank()).max().unwrap_or(0)
+            };
+            let room: Vec<usize> = (0..self.ledger.composition.terms().len()).map(widest).collect();
+            for &at in members {
+                let target = &mut targets[at];
+                let mut next = target.base.rank();
+                for (term, room) in room.iter().enumerate() {
+                    let own = target.terms.iter().find(|(t, _)| *t == term).and_then(|(_, m)| m.rank()).unwrap_or(0);
+                    target.ranges.push((next, own));
+                    next += if self.layout == Layout::Aligned { align(*room) } else { own };
+                }
+                target.added = align(next - target.base.rank());
+            }
+            let total = members.iter().map(|&at| targets[at].total()).max().unwrap_or(0);
+            // A layer without a branch of its own gets an empty one, so that an earlier adapter's is replaced.
+            let total = total.max(TILE);
+            for &at in members {
+                targets[at].added += total - targets[at].total();
+            }
+        }
+        self.check_ranks(&targets)?;
+        Ok(targets)
+    }
+
+    fn check_ranks(&self, targets: &[Target<'_>]) -> Result<()> {
+        let high: Vec<&Target<'_>> =
+            targets.iter().filter(|t| t.layer.interleave.is_none() && t.total() > MAX_TOTAL_RANK).collect();
+        let Some(worst) = high.iter().max_by_key(|t| t.total()) else { return Ok(()) };
+        let names: Vec<String> = high.iter().take(8).map(|t| format!("`{}` ({})", t.name, t.total())).collect();
+        let more =
+            if high.len() > names.len() { format!(" and {} more", high.len() - names.len()) } else { String::new() };
+        let message = format!(
+            "the ranks of {}{more} exceed {MAX_TOTAL_RANK}, the base's own {} included",
+            names.join(", "),
+            worst.base.rank()
+        );
+        Err(Error::new(Code::RankTooHigh, message).at(self.ledger.composition.first().source.path()))
+    }
+
+    /// The two factors of a layer.
+    fn branches(&self, target: &Target<'_>, outputs: &mut Vec<Output>) {
+        let layer = target.layer;
+        let dtype = if layer.interleave.is_some() { self.dtype } else { target.base.dtype.unwrap_or(self.dtype) };
+        let (rows, cols) = (layer.output(), layer.input);
+        let mut down = Tensor::zeros(dtype, vec![target.added, cols]);
+        let mut up = Tensor::zeros(dtype, vec![rows, target.added]);
+        for (term, module) in &target.terms {
+            let at = target.ranges[*term].0 - target.base.rank();
+            let (Some(d), Some(u)) = (module.get(Slot::Down), module.get(Slot::Up)) else { continue };
+            down.put(d, (at, 0));
+            up.put(u, (0, at));
+        }
+        let key = |name: &str| format!("{}.{name}", target.name);
+        let (down_key, up_key) = (key(&self.native.down[0]), key(&self.native.up[0]));
+        let (down, up) = match (layer.interleave, &target.base.branch) {
+            (Some(splits), _) => (down, up.interleaved(splits)),
+            (None, Some((d, u))) => (pack(Some(d.clone()), down, Side::Down), pack(Some(u.clone()), up, Side::Up)),
+            (None, None) => (pack(None, down, Side::Down), pack(None, up, Side::Up)),
+        };
+        outputs.push(Output { key: down_key, tensor: down });
+        outputs.push(Output { key: up_key, tensor: up });
+    }
+
+    /// Bias differences: those of the terms, and zeros for every other layer whose base has a bias, so that loading the
+    /// file takes back what an earlier adapter did to it.
+    fn vectors(&mut self, outputs: &mut Vec<Output>) {
+        let mut biases = std::mem::take(&mut self.biases);
+        for (layer, variables, name) in self.instances() {
+            let (Some(base), Some(vector)) = (self.base.layer(&name), &layer.vector) else { continue };
+            let paths: Vec<String> = layer.modules.iter().map(|m| m.render(&variables)).collect();
+            let touched = paths.iter().any(|p| biases.contains_key(p));
+            // Biases of modulation layers are restored by the runtime itself.
+            if !touched && (base.bias.is_none() || layer.interleave.is_some()) {
+                continue;
+            }
+            let dtype = base.bias.or(base.dtype).filter(|d| d.size() == 2).unwrap_or(self.dtype);
+            let part = |(path, &rows): (&String, &usize)| match biases.get(path) {
+                Some(parts) => Tensor::sum(&parts.iter().map(|(_, t)| t.clone()).collect::<Vec<_>>()),
+                None => Tensor::zeros(dtype, vec![rows]),
+            };
+            let parts: Vec<Tensor> = paths.iter().zip(&layer.outputs).map(part).collect();
+            let key = format!("{}.bias", vector.render(&variables));
+            for (term, _) in paths.iter().filter_map(|p| biases.remove(p)).flatten() {
+                self.vectors[term].insert(key.clone());
+            }
+            outputs.push(Output { key, tensor: Tensor::stack_rows(&parts).cast(dtype) });
+        }
+        for (path, parts) in biases {
+            let key = format!("{path}.bias");
+            for (term, _) in &parts {
+                self.vectors[*term].insert(key.clone());
+            }
+            let sum = Tensor::sum(&parts.into_iter().map(|(_, t)| t).collect::<Vec<_>>());
+            outputs.push(Output { key, tensor: sum });
+        }
+    }
+
+    /// Says where the base does not tell whether its attention outputs are smoothed, or contradicts itself.
+    fn judge_smoothing(&mut self) {
+        let attention = || {
+            self.instances().filter(|(l, ..)| l.attention).filter_map(|(.., n)| Some((n.clone(), self.base.layer(&n)?)))
+        };
+        let unknown: Vec<String> =
+            attention().filter(|(_, b)| matches!(b.smoothing, Smoothing::Unknown)).map(|(n, _)| n).collect();
+        let mut seen: BTreeMap<String, &Smoothing> = BTreeMap::new();
+        let mut torn = Vec::new();
+        for (name, base) in attention() {
+            let block = block_of(&name).to_owned();
+            match (seen.get(&block), &base.smoothing) {
+                (Some(Smoothing::Fused(a)), Smoothing::Fused(b)) if a == b => {}
+                (Some(Smoothing::Fused(_)), _) | (Some(_), Smoothing::Fused(_)) => torn.push(name),
+                _ => drop(seen.insert(block, &base.smoothing)),
+            }
+        }
+        if let Some(first) = unknown.first() {
+            let detail = format!(
+                "{} attention outputs of the base do not tell whether their inputs are smoothed already; read as plain",
+                unknown.len()
+            );
+            self.ledger.warnings.push(Warning::new("undetermined-smoothing", Some(first.clone()), detail));
+        }
+        if let Some(first) = torn.first() {
+            let detail = format!(
+                "{} attention outputs of the base have another smoothing factor than their partner; each has its own applied",
+                torn.len()
+            );
+            self.ledger.warnings.push(Warning::new("inconsistent-smoothing", Some(first.clone()), detail));
+        }
+    }
+
+    /// What the metadata will say of the layers.
+    fn draft(&self, targets: &[Target<'_>]) -> Draft {
+        let base_ranks: BTreeMap<String, Option<usize>> =
+            self.base.layers().iter().map(|(n, l)| (n.clone(), Some(l.rank()).filter(|r| *r > 0))).collect();
+        let name = self.base.path().file_name().map(|n| n.to_string_lossy().into_owned());
+        let fused = |l: &BaseLayer| matches!(l.smoothing, Smoothing::Fused(_));
+        let base = BaseEntry {
+            fingerprint: self.base.fingerprint().to_owned(),
+            name: name.unwrap_or_default(),
+            precision: self.base.precision().map(|p| p.name().to_owned()),
+            ranks: compress(&base_ranks, 0),
+            smoothed: self.base.layers().values().any(fused),
+        };
+        let own = |target: &Target<'_>, term: usize| {
+            target.ranges.get(term).filter(|(_, n)| *n > 0).map(|&(at, n)| (at, at + n))
+        };
+        let ranks = |term: usize| targets.iter().map(|t| (t.name.clone(), own(t, term))).collect();
+        Draft {
+            base,
+            layout: self.layout.name(),
+            ranks: (0..self.vectors.len()).map(ranks).collect(),
+            vectors: self.vectors.clone(),
+        }
+    }
+}
+
+/// The metadata entry while modules outside the layers are still to come.
+pub(crate) struct Draft {
+    base: BaseEntry,
+    layout: &'static str,
+    /// Ranges of each term, by layer.
+    ranks: Vec<BTreeMap<String, Option<(usize, usize)>>>,
+    vectors: Vec<BTreeSet<String>>,
+}
+
+impl Draft {
+    /// Notes a module outside the layers: the terms that have it, with their ranks one after the other.
+    pub(crate) fn outside(&mut self, name: &str, terms: &[(usize, Option<usize>)]) {
+        let mut start = 0;
+        for &(term, rank) in terms {
+            match rank {
+                Some(rank) => {
+                    self.ranks[term].insert(name.to_owned(), Some((start, start + rank)));
+                    start += rank;
+                }
+                None => drop(self.vectors[term].insert(name.to_owned())),
+            }
+        }
+    }
+
+    /// The entry. Reads every byte of the inputs, for their hashes.
+    pub(crate) fn finish(self, terms: &[Term<'_>]) -> (String, String) {
+        let hashes: Vec<Option<String>> = terms.par_iter().map(Term::hash).collect();
+        let entry = |(((term, hash), ranks), vectors): (((&Term<'_>, Option<String>), _), BTreeSet<String>)| Entry {
+            name: term.name.clone(),
+            hash,
+            strength: term.written_strength(),
+            ranks: compress(&ranks, (0, 0)),
+            vectors: vectors.into_iter().collect(),
+        };
+        let entries = terms.iter().zip(hashes).zip(self.ranks).zip(self.vectors).map(entry).collect();
+        let manifest = Manifest::new(self.base, self.layout, entries);
+        (KEY.to_owned(), serde_json::to_string(&manifest).unwrap_or_default())
+    }
+}
+
+/// The block that a layer stands in: its name without the last part.
+fn block_of(layer: &str) -> &str {
+    layer.rsplit_once('.').map_or("", |(block, _)| block)
+}
