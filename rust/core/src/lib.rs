@@ -23,8 +23,10 @@ pub mod linalg;
 pub mod meta;
 pub mod ops;
 pub mod plan;
+pub mod recipe;
 pub mod report;
 pub mod sample;
+pub mod strength;
 pub mod table;
 pub mod tensor;
 
