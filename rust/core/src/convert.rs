@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use crate::adapter::Adapter;
 use crate::cast::Loss;
+use crate::compose::{Composition, Term, Unknown};
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::dtype::Dtype;
-use crate::encode::{EncodeOptions, Unknown, encode};
+use crate::encode::{EncodeOptions, encode};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing, write_file, write_to};
 use crate::kind::Kind;
@@ -34,6 +35,10 @@ pub struct ConvertOptions {
     pub unknown: Unknown,
     /// Leave out what the target cannot hold.
     pub lossy: bool,
+    /// The highest rank of a plain form of LoHa and LoKr (see [`EncodeOptions::max_rank`]).
+    pub max_rank: Option<usize>,
+    /// The input width of modules that have several (see [`EncodeOptions::width`]).
+    pub width: Option<usize>,
 }
 
 impl Default for ConvertOptions {
@@ -46,6 +51,8 @@ impl Default for ConvertOptions {
             strength: 1.0,
             unknown: Unknown::Error,
             lossy: false,
+            max_rank: None,
+            width: None,
         }
     }
 }
@@ -75,10 +82,11 @@ pub fn open(registry: &Arc<Registry>, source: Source, options: &ConvertOptions) 
 }
 
 /// Decides a conversion without computing it.
-pub fn plan(adapter: &Adapter, options: &ConvertOptions, sidecar: bool) -> Result<Plan> {
+pub fn plan(composition: &Composition<'_>, options: &ConvertOptions, sidecar: bool) -> Result<Plan> {
     if !options.strength.is_finite() {
         return Err(Error::new(Code::InvalidArgument, format!("a strength of {} makes no sense", options.strength)));
     }
+    let adapter = composition.first();
     let dialect = adapter.registry.dialect(&options.to)?;
     let encode_options = EncodeOptions {
         dialect,
@@ -87,37 +95,44 @@ pub fn plan(adapter: &Adapter, options: &ConvertOptions, sidecar: bool) -> Resul
         unknown: options.unknown,
         lossy: options.lossy,
         sidecar,
+        max_rank: options.max_rank,
+        width: options.width,
     };
-    encode(adapter, &encode_options).map_err(|e| e.at(adapter.source.path()))
+    encode(composition, &encode_options).map_err(|e| e.at(adapter.source.path()))
 }
 
-/// Converts one adapter. The report's time does not include opening the source, and its hash is left open.
-pub fn convert(adapter: &Adapter, options: &ConvertOptions, target: Target<'_>, control: &Control) -> Result<Report> {
+/// Writes a composition. The report's time does not include opening the sources, and their hashes are left open.
+pub fn convert(
+    composition: &Composition<'_>,
+    options: &ConvertOptions,
+    target: Target<'_>,
+    control: &Control,
+) -> Result<Report> {
     let started = Instant::now();
-    let registry = &adapter.registry;
+    let registry = &composition.first().registry;
     let dialect = &registry.dialects[registry.dialect(&options.to)?];
     let folder = match &target {
         Target::File(path, _) => dialect.alpha == AlphaPolicy::Config && is_folder_name(path),
         _ => false,
     };
-    let plan = plan(adapter, options, folder)?;
+    let plan = plan(composition, options, folder)?;
     let layout = Layout::new(&plan.outputs, &plan.metadata);
     let mut written: Option<PathBuf> = None;
     let loss = match target {
         Target::Nowhere => Loss::default(),
         Target::Stream(out) => write_to(out, &layout, control)?,
         Target::File(path, write) if folder => {
-            refuse_same(adapter.source.path(), &path.join("adapter_model.safetensors"))?;
+            refuse_same(composition, &path.join("adapter_model.safetensors"))?;
             written = Some(path.to_path_buf());
             write_folder(path, &plan, &layout, write, control)?
         }
         Target::File(path, write) => {
-            refuse_same(adapter.source.path(), path)?;
+            refuse_same(composition, path)?;
             written = Some(path.to_path_buf());
             write_file(path, &layout, write, control)?
         }
     };
-    let mut report = report(adapter, &plan, &dialect.name, layout.len());
+    let mut report = report(composition, &plan, &dialect.name, layout.len());
     report.target.path = written.map(|p| p.to_string_lossy().into_owned());
     report.seconds = started.elapsed().as_secs_f64();
     let ranges = [
@@ -134,10 +149,12 @@ pub fn convert(adapter: &Adapter, options: &ConvertOptions, target: Target<'_>, 
 }
 
 /// The report of a plan that has not been carried out; `bytes` is the size of the file to be.
-pub fn report(adapter: &Adapter, plan: &Plan, dialect: &str, bytes: usize) -> Report {
+pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: usize) -> Report {
+    let term = |t: &Term<'_>| SourceReport { strength: t.strength.everywhere(), ..describe(t.adapter) };
     Report {
         schema: 1,
-        source: describe(adapter),
+        source: describe(composition.first()),
+        sources: if composition.is_single() { vec![] } else { composition.terms().iter().map(term).collect() },
         target: TargetReport {
             path: None,
             dialect: dialect.to_owned(),
@@ -187,10 +204,12 @@ fn write_folder(
     result
 }
 
-fn refuse_same(input: &Path, output: &Path) -> Result<()> {
-    match (input.canonicalize(), output.canonicalize()) {
-        (Ok(a), Ok(b)) if a == b => Err(Error::new(Code::SameFile, "input and output are the same file").at(output)),
-        _ => Ok(()),
+fn refuse_same(composition: &Composition<'_>, output: &Path) -> Result<()> {
+    let Ok(output_path) = output.canonicalize() else { return Ok(()) };
+    let same = |source: &&Arc<Source>| source.path().canonicalize().is_ok_and(|p| p == output_path);
+    match composition.sources().iter().any(same) {
+        true => Err(Error::new(Code::SameFile, "input and output are the same file").at(output)),
+        false => Ok(()),
     }
 }
 
@@ -202,6 +221,7 @@ pub fn describe(adapter: &Adapter) -> SourceReport {
         family: adapter.family_table().name.clone(),
         kind: kind_name(adapter).to_owned(),
         sha256: None,
+        strength: None,
     }
 }
 

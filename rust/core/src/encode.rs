@@ -5,28 +5,17 @@ mod peft;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::adapter::{Adapter, Address, ModuleKey, Placed};
+use crate::adapter::{Adapter, Address, ModuleKey};
+use crate::compose::{Composition, Ledger, Unknown};
 use crate::dtype::Dtype;
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Refusal, Slot};
 use crate::meta;
 use crate::plan::{Fate, Output, Plan};
-use crate::report::{AlphaCount, Fidelity, Warning};
-use crate::table::pattern::Variables;
+use crate::report::Warning;
+use crate::table::pattern::{Template, Variables};
 use crate::table::{AlphaPolicy, Dialect, Op, Place, Row};
 use crate::tensor::Tensor;
-
-/// What to do with keys that no table knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Unknown {
-    /// Stop.
-    #[default]
-    Error,
-    /// Leave them out and say so.
-    Drop,
-    /// Carry them under their own names.
-    Keep,
-}
 
 /// How to encode.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +33,15 @@ pub struct EncodeOptions {
     pub lossy: bool,
     /// Whether a configuration file can be written beside the tensors.
     pub sidecar: bool,
+    /// The highest rank of the plain form that LoHa and LoKr take on where their own cannot be written; `None` for
+    /// that of [`MAX_RANK`] where several adapters meet, and for no plain form elsewhere.
+    pub max_rank: Option<usize>,
+    /// Widens modules that have several input widths to this one (FLUX.1 Control: 128, Fill: 384).
+    pub width: Option<usize>,
 }
+
+/// The highest rank of a plain form that nobody asked for.
+pub const MAX_RANK: usize = 128;
 
 /// A module on its way into the dialect: named, fused and folded.
 struct Spelled<'a> {
@@ -59,21 +56,15 @@ struct Spelled<'a> {
 }
 
 /// Decides every tensor of the output. Reads factors only where equality or zeros must be known.
-pub fn encode(adapter: &Adapter, options: &EncodeOptions) -> Result<Plan> {
+pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<Plan> {
+    let adapter = composition.first();
     let dialect = &adapter.registry.dialects[options.dialect];
     if !dialect.writes(adapter.family) {
         let message = format!("`{}` cannot be written for {}", dialect.name, adapter.family_table().name);
         return Err(Error::new(Code::UnsupportedTarget, message));
     }
-    let mut encoder = Encoder {
-        adapter,
-        dialect,
-        options,
-        fates: vec![Fate::Unknown; adapter.source.tensors().len()],
-        warnings: adapter.warnings.clone(),
-        alpha: AlphaCount::default(),
-        lost: Vec::new(),
-    };
+    let ledger = Ledger::new(composition, dialect, options.lossy, options.strength);
+    let mut encoder = Encoder { adapter, dialect, options, ledger, widened: Vec::new() };
     let mut spelled = Vec::new();
     for component in 0..adapter.family_table().components.len() {
         spelled.extend(encoder.component(component)?);
@@ -81,18 +72,25 @@ pub fn encode(adapter: &Adapter, options: &EncodeOptions) -> Result<Plan> {
     encoder.finish(spelled)
 }
 
-/// Canonical modules that make one module of the target.
-type Members<'a> = Vec<(&'a ModuleKey, &'a Placed)>;
+/// A canonical module of one term, at its strength.
+struct Member<'a> {
+    term: usize,
+    key: &'a ModuleKey,
+    address: &'a Address,
+    module: Module,
+}
+
+/// Canonical modules that make one module of the target, term by term.
+type Members<'a> = Vec<Member<'a>>;
 
 struct Encoder<'a> {
+    /// The first adapter: the tables and the family are those of all.
     adapter: &'a Adapter,
     dialect: &'a Dialect,
     options: &'a EncodeOptions,
-    fates: Vec<Fate>,
-    warnings: Vec<Warning>,
-    alpha: AlphaCount,
-    /// What was left out under `--lossy allow`.
-    lost: Vec<String>,
+    ledger: Ledger<'a>,
+    /// Modules whose inputs were widened with zeros.
+    widened: Vec<String>,
 }
 
 impl<'a> Encoder<'a> {
@@ -104,24 +102,24 @@ impl<'a> Encoder<'a> {
 
     /// All modules of one component, spelled.
     fn component(&mut self, component: usize) -> Result<Vec<Spelled<'a>>> {
-        let modules: Members<'a> = self.adapter.modules.iter().filter(|(key, _)| key.component == component).collect();
+        let modules = self.members(component)?;
         let Some(place) = self.dialect.place(self.adapter.family, component) else {
-            for (key, placed) in modules {
-                self.lose(Code::UnsupportedModule, key, &placed.module, "has no place there")?;
+            for m in modules {
+                self.lose(Code::UnsupportedModule, m.key, &m.module, "has no place there")?;
             }
             return Ok(Vec::new());
         };
         let dialect = self.speller(place);
         let mut spelled = Vec::new();
         for (row, variables, members) in self.targets(place, modules)? {
-            let Some(module) = self.join(place, row, &members)? else { continue };
-            let path = match (place.namespace, members[0].1.address.part) {
+            let (key, part) = (members[0].key, members[0].address.part);
+            let Some(module) = self.join_all(place, dialect, row, members)? else { continue };
+            let path = match (place.namespace, part) {
                 (0, Some(part)) => row.canonical[part].render(&variables),
                 _ => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
             };
-            let module = self.without_bias(dialect, members[0].0, module)?;
             if let Some(reason) = self.unspellable(dialect, row, &module) {
-                self.lose(Code::UnsupportedKind, members[0].0, &module, &reason)?;
+                self.lose(Code::UnsupportedKind, key, &module, &reason)?;
                 continue;
             }
             spelled.push(self.fold(Spelled { place, dialect, row, path, module, configured: false }));
@@ -130,19 +128,32 @@ impl<'a> Encoder<'a> {
         Ok(spelled)
     }
 
+    /// The modules of one component of all terms, at their strengths.
+    fn members(&mut self, component: usize) -> Result<Members<'a>> {
+        let mut members = Vec::new();
+        for (term, t) in self.ledger.composition.terms().iter().enumerate() {
+            for (key, placed) in t.adapter.modules.iter().filter(|(key, _)| key.component == component) {
+                if let Some(module) = self.ledger.strengthened(term, key, placed)? {
+                    members.push(Member { term, key, address: &placed.address, module });
+                }
+            }
+        }
+        Ok(members)
+    }
+
     /// Which rows of the namespace the modules belong to, in a fixed order.
     fn targets(&mut self, place: &Place, modules: Members<'a>) -> Result<Vec<(&'a Row, Variables, Members<'a>)>> {
         let component = self.adapter.component(place.component);
         let mut groups: BTreeMap<(usize, Variables, usize), Members<'a>> = BTreeMap::new();
-        for (key, placed) in modules {
-            let row = self.target_row(place, key, &placed.address);
+        for member in modules {
+            let row = self.target_row(place, member.key, member.address);
             let Some(row) = row else {
-                self.lose(Code::UnsupportedModule, key, &placed.module, "has no name there")?;
+                self.lose(Code::UnsupportedModule, member.key, &member.module, "has no name there")?;
                 continue;
             };
             // In the canonical namespace every part stands by itself.
-            let part = if place.namespace == 0 { placed.address.part.map_or(0, |p| p + 1) } else { 0 };
-            groups.entry((row, placed.address.variables.clone(), part)).or_default().push((key, placed));
+            let part = if place.namespace == 0 { member.address.part.map_or(0, |p| p + 1) } else { 0 };
+            groups.entry((row, member.address.variables.clone(), part)).or_default().push(member);
         }
         Ok(groups
             .into_iter()
@@ -164,63 +175,117 @@ impl<'a> Encoder<'a> {
         rows.iter().position(|row| named(row) && row.canonical.contains(template))
     }
 
-    /// The one module that the members make under the row's name in the target namespace.
-    fn join(&mut self, place: &Place, row: &'a Row, members: &[(&'a ModuleKey, &'a Placed)]) -> Result<Option<Module>> {
-        let (key, first) = members[0];
-        let joined = match (first.address.namespace, place.namespace) {
-            // Its kind did not let it be made canonical, and the target wants it so: hear the reason again.
-            (1.., 0) => match row.op {
-                Op::Fuse => refused_cut(row, &first.module),
-                _ => first.module.swap_halves(),
-            },
-            _ if members.len() > 1 && members.iter().any(|(_, m)| m.address.namespace > 0) => {
-                Err(Refusal("is claimed twice: whole and in parts".to_owned()))
+    /// The one module that all terms make together.
+    fn join_all(
+        &mut self,
+        place: &Place,
+        dialect: &Dialect,
+        row: &'a Row,
+        members: Members<'a>,
+    ) -> Result<Option<Module>> {
+        let key = members[0].key;
+        let mut terms: Vec<Vec<Member<'a>>> = Vec::new();
+        for member in members {
+            match terms.last_mut() {
+                Some(term) if term[0].term == member.term => term.push(member),
+                _ => terms.push(vec![member]),
             }
-            (1.., _) => Ok(first.module.clone()),
-            (0, 0) => Ok(first.module.tightened()),
-            (0, _) => match row.op {
-                Op::Rename | Op::Only => Ok(first.module.tightened()),
-                Op::SwapHalves => first.module.swap_halves(),
-                Op::Fuse => self.fuse(row, members),
-            },
+        }
+        let alone = terms.len() == 1;
+        let mut modules = Vec::new();
+        for term in terms {
+            let Some(module) = self.join(place, row, term, alone)? else { continue };
+            modules.push(self.without_bias(dialect, key, module)?);
+        }
+        let sum = match modules.as_slice() {
+            [] => return Ok(None),
+            [one] => Ok(one.clone()),
+            several => Module::sum(&several.iter().collect::<Vec<_>>()),
         };
-        match joined.and_then(|m| m.strengthened(self.options.strength)) {
-            Ok(module) => Ok(Some(module)),
+        match sum {
+            Ok(module) => Ok(Some(self.widen(key, row, module, &modules))),
             Err(Refusal(reason)) => {
-                let code = if self.options.strength == 1.0 { Code::UnsupportedKind } else { Code::UnsupportedStrength };
-                for (_, placed) in &members[1..] {
-                    self.mark(&placed.module, Fate::Dropped);
+                for module in &modules[1..] {
+                    self.ledger.mark(module, Fate::Dropped);
                 }
-                self.lose(code, key, &first.module, &reason)?;
+                let reason = format!("{reason} ({})", self.names_of(key));
+                self.lose(Code::IncompatibleModules, key, &modules[0], &reason)?;
                 Ok(None)
             }
         }
     }
 
-    fn fuse(&self, row: &Row, members: &[(&ModuleKey, &Placed)]) -> Result<Module, Refusal> {
-        let part_of = |path: &str, address: &Address| {
-            row.canonical
-                .iter()
-                .position(|t| t.render(&address.variables) == path)
-                .expect("the row was found by this name")
-        };
-        let mut parts: Vec<Option<&Module>> = vec![None; row.canonical.len()];
-        for (key, placed) in members {
-            parts[part_of(&key.path, &placed.address)] = Some(&placed.module);
+    /// The files that have a module.
+    fn names_of(&self, key: &ModuleKey) -> String {
+        let terms = self.ledger.composition.terms().iter().filter(|t| t.adapter.modules.contains_key(key));
+        terms.map(|t| format!("`{}`", t.adapter.source.path().display())).collect::<Vec<_>>().join(" and ")
+    }
+
+    /// Widens the inputs with zeros to the width that was asked for, and notes where a wider term has done so.
+    fn widen(&mut self, key: &ModuleKey, row: &Row, mut module: Module, terms: &[Module]) -> Module {
+        let width = |m: &Module| m.get(Slot::Down).map_or(0, Tensor::cols);
+        let wanted = self.options.width.filter(|w| row.inputs.len() > 1 && row.inputs.contains(w));
+        if let (Some(wanted), Some(down)) = (wanted, module.tensors.get_mut(&Slot::Down))
+            && down.cols() < wanted
+        {
+            *down = down.padded(down.rows(), wanted);
         }
-        Module::fuse(&parts, &row.outputs)
+        let have = width(&module);
+        if terms.iter().any(|m| width(m) != 0 && width(m) < have) {
+            self.widened.push(format!("{} to {have}", self.adapter.display(key)));
+        }
+        module
+    }
+
+    /// The one module that the members of a term make under the row's name in the target namespace.
+    fn join(&mut self, place: &Place, row: &'a Row, members: Members<'a>, alone: bool) -> Result<Option<Module>> {
+        let limit = self.options.max_rank.or((!alone).then_some(MAX_RANK));
+        let Member { key, address, module: first, .. } = &members[0];
+        let plain = match limit {
+            Some(limit) => first.expanded(limit),
+            None => Ok(first.clone()),
+        };
+        let joined = plain.and_then(|first| match (address.namespace, place.namespace) {
+            // Its kind did not let it be made canonical, and the target wants it so: hear the reason again.
+            (1.., 0) => match row.op {
+                Op::Fuse => refused_cut(row, &first),
+                _ => first.swap_halves(),
+            },
+            _ if members.len() > 1 && members.iter().any(|m| m.address.namespace > 0) => {
+                Err(Refusal("is claimed twice: whole and in parts".to_owned()))
+            }
+            (1.., _) => Ok(first),
+            (0, 0) => Ok(first.tightened()),
+            (0, _) => match row.op {
+                Op::Rename | Op::Only => Ok(first.tightened()),
+                Op::SwapHalves => first.swap_halves(),
+                Op::Fuse => fuse(row, &members, limit),
+            },
+        });
+        match joined {
+            Ok(module) => Ok(Some(module)),
+            Err(Refusal(reason)) => {
+                let key = *key;
+                for member in &members[1..] {
+                    self.ledger.mark(&member.module, Fate::Dropped);
+                }
+                self.lose(Code::UnsupportedKind, key, &members[0].module, &reason)?;
+                Ok(None)
+            }
+        }
     }
 
     /// A bias that the dialect cannot hold is left out by itself, if losses are allowed: the layer does without it.
     fn without_bias(&mut self, dialect: &Dialect, key: &ModuleKey, mut module: Module) -> Result<Module> {
-        let held = [Slot::DiffB, Slot::Bias].iter().any(|slot| dialect.spelling.contains_key(slot));
-        if held || module.kind == Kind::Bias {
+        if dialect.holds(Slot::DiffB) || module.kind == Kind::Bias {
             return Ok(module);
         }
         if let Some(bias) = module.tensors.remove(&Slot::DiffB) {
-            let inputs = bias.inputs();
+            let own = bias.inputs();
             let mut lost = Module::new(Kind::Bias, BTreeMap::from([(Slot::DiffB, bias)]));
-            lost.inputs = inputs;
+            let terms = self.ledger.composition.terms();
+            let numbered = |i: &usize| terms.iter().any(|t| own.iter().any(|o| t.number(*o) == *i));
+            lost.inputs = module.inputs.iter().copied().filter(numbered).collect();
             self.lose(Code::UnsupportedKind, key, &lost, "has a bias, which it cannot hold")?;
             module.inputs.retain(|input| !lost.inputs.contains(input));
         }
@@ -285,7 +350,8 @@ impl<'a> Encoder<'a> {
             let reason = "is plain LoRA among DoRA modules; its loaders would give it a magnitude of zero";
             for i in plain.into_iter().rev() {
                 let out = spelled.remove(i);
-                self.lose_named(Code::UnsupportedKind, &self.name_of(&out), &out.module, reason)?;
+                let name = self.name_of(&out);
+                self.ledger.lose(Code::UnsupportedKind, &name, &out.module, reason)?;
             }
         }
         if !spelled.iter().any(|s| s.module.get(Slot::DiffB).is_some()) {
@@ -308,7 +374,7 @@ impl<'a> Encoder<'a> {
         let component = &self.adapter.component(spelled[0].place.component).name;
         let detail =
             "some modules have a bias; the others were given a zero one, without which loaders leave it uninitialised";
-        self.warnings.push(Warning::new("bias-completed", Some(component.clone()), detail));
+        self.ledger.warnings.push(Warning::new("bias-completed", Some(component.clone()), detail));
         Ok(())
     }
 
@@ -316,87 +382,38 @@ impl<'a> Encoder<'a> {
         format!("{}.{}", self.adapter.component(spelled.place.component).name, spelled.path)
     }
 
-    fn mark(&mut self, module: &Module, fate: Fate) {
-        for &input in &module.inputs {
-            self.fates[input] = self.fates[input].max(fate);
-        }
-    }
-
-    /// An error, or a note that the module was left out.
     fn lose(&mut self, code: Code, key: &ModuleKey, module: &Module, reason: &str) -> Result<()> {
-        self.lose_named(code, &self.adapter.display(key), module, reason)
-    }
-
-    fn lose_named(&mut self, code: Code, name: &str, module: &Module, reason: &str) -> Result<()> {
-        let message = format!("`{name}` {reason}");
-        if !self.options.lossy {
-            let key = module.inputs.first().map(|&i| self.adapter.source.tensors()[i].name.clone());
-            let mut error =
-                Error::new(code, format!("{message} (target `{}`)", self.dialect.name)).at(self.adapter.source.path());
-            if let Some(key) = key {
-                error = error.key(key);
-            }
-            let able = self.able(module);
-            if code == Code::UnsupportedKind && !able.is_empty() {
-                error = error.hint(format!(
-                    "`--to {}` can hold it; `--lossy allow` leaves such modules out",
-                    able.join("` or `--to ")
-                ));
-            }
-            return Err(error);
-        }
-        self.mark(module, Fate::Dropped);
-        self.warnings.push(Warning::new(code.as_str(), Some(name.to_owned()), format!("left out: {message}")));
-        self.lost.push(name.to_owned());
-        Ok(())
-    }
-
-    /// Dialects that spell every slot of a module, for hints.
-    fn able(&self, module: &Module) -> Vec<&'a str> {
-        let dialects = self.adapter.registry.dialects.iter().filter(|d| {
-            d.writes(self.adapter.family)
-                && d.name != self.dialect.name
-                && module
-                    .tensors
-                    .keys()
-                    .all(|s| d.spelling.contains_key(s) || (*s == Slot::DiffB && d.spelling.contains_key(&Slot::Bias)))
-        });
-        dialects.map(|d| d.name.as_str()).collect()
+        let name = self.adapter.display(key);
+        self.ledger.lose(code, &name, module, reason)
     }
 
     fn finish(mut self, spelled: Vec<Spelled<'a>>) -> Result<Plan> {
         let used = spelled.iter().filter(|s| !s.place.carried).count();
-        let mut plan = Plan {
-            outputs: Vec::new(),
-            metadata: meta::carry(
-                self.adapter.source.metadata(),
-                self.dialect.alpha == AlphaPolicy::Tensor && self.options.strength == 1.0,
-            ),
-            sidecar: None,
-            fates: Vec::new(),
-            modules: spelled.len(),
-            alpha: AlphaCount::default(),
-            fidelity: Fidelity::Exact,
-            rounding: 0.0,
-            warnings: Vec::new(),
-        };
+        let alphas_kept = self.dialect.alpha == AlphaPolicy::Tensor && self.options.strength == 1.0;
+        let metadata = meta::of(self.ledger.composition, alphas_kept);
+        let mut plan = Plan { modules: spelled.len(), ..Plan::of_outputs(Vec::new(), metadata) };
         let mut carried: BTreeMap<usize, usize> = BTreeMap::new();
         for s in &spelled {
-            self.mark(&s.module, if s.place.carried { Fate::Carried } else { Fate::Used });
+            self.ledger.mark(&s.module, if s.place.carried { Fate::Carried } else { Fate::Used });
             if s.module.rank().is_some() {
-                self.alpha.add(s.module.alpha_source);
+                self.ledger.alpha.add(s.module.alpha_source);
             }
             if s.place.carried {
                 *carried.entry(s.place.component).or_default() += 1;
             }
             let start = plan.outputs.len();
             self.outputs(s, &mut plan.outputs);
-            judge(&mut plan, start, s.module.regrouped);
+            plan.judge(start, s.module.regrouped);
         }
         for (component, modules) in carried {
             let name = self.adapter.component(component).name.clone();
             let detail = format!("{modules} modules have no loader in `{}`; they are carried along", self.dialect.name);
-            self.warnings.push(Warning::new("carried-component", Some(name), detail));
+            self.ledger.warnings.push(Warning::new("carried-component", Some(name), detail));
+        }
+        if let Some(first) = self.widened.first() {
+            let detail =
+                format!("{} modules have narrower inputs in some adapters, widened with zeros", self.widened.len());
+            self.ledger.warnings.push(Warning::new("widened-inputs", Some(first.clone()), detail));
         }
         if self.dialect.alpha == AlphaPolicy::Config {
             let config = peft::config(&spelled);
@@ -406,21 +423,7 @@ impl<'a> Encoder<'a> {
                 plan.metadata.push(("adapter_config".to_owned(), config.to_string()));
             }
         }
-        self.unknown_keys(&mut plan)?;
-        if used == 0 {
-            let message = format!("no module has a place in `{}`: nothing would be written", self.dialect.name);
-            return Err(Error::new(Code::NoModules, message).at(self.adapter.source.path()));
-        }
-        if self.options.strength != 1.0 {
-            plan.fidelity = plan.fidelity.max(Fidelity::Rescaled);
-        }
-        if !self.lost.is_empty() {
-            plan.fidelity = Fidelity::Approximate;
-        }
-        plan.fates = self.fates;
-        plan.alpha = self.alpha;
-        plan.warnings = self.warnings;
-        Ok(plan)
+        self.ledger.close(plan, self.options.unknown, used)
     }
 
     /// The tensors of one module under their keys.
@@ -478,49 +481,19 @@ impl<'a> Encoder<'a> {
             _ => tensor,
         }
     }
+}
 
-    fn unknown_keys(&mut self, plan: &mut Plan) -> Result<()> {
-        let source = &self.adapter.source;
-        for &index in &self.adapter.unknown {
-            let name = &source.tensors()[index].name;
-            match self.options.unknown {
-                Unknown::Error => {
-                    let read_as = self.adapter.detection.dialect_name(&self.adapter.registry);
-                    let mut message =
-                        format!("`{name}` is unknown (file read as {read_as} {})", self.adapter.family_table().name);
-                    if let Some(nearest) = self.adapter.registry.nearest(name) {
-                        message += &format!("; the nearest known key is `{nearest}`");
-                    }
-                    return Err(Error::new(Code::UnknownKey, message).key(name).at(source.path()));
-                }
-                Unknown::Drop => {
-                    self.fates[index] = Fate::Dropped;
-                    self.lost.push(name.clone());
-                    self.warnings.push(Warning::new("unknown-key", None, format!("left out: `{name}`")));
-                }
-                Unknown::Keep => {
-                    self.fates[index] = Fate::Carried;
-                    if let Some(reserved) = self.dialect.reserved.iter().find(|r| name.contains(r.as_str())) {
-                        let detail = format!(
-                            "`{name}` holds `{reserved}`, which makes {} take the file for another dialect",
-                            self.dialect.name
-                        );
-                        self.warnings.push(Warning::new("diverting-key", None, detail));
-                    }
-                    plan.outputs.push(Output { key: name.clone(), tensor: Tensor::input(source, index) });
-                }
-            }
-        }
-        let mut keys: Vec<&str> = plan.outputs.iter().map(|o| o.key.as_str()).collect();
-        keys.sort_unstable();
-        match keys.windows(2).find(|w| w[0] == w[1]) {
-            Some(twice) => {
-                Err(Error::new(Code::DuplicateModule, format!("two tensors would be written as `{}`", twice[0]))
-                    .at(source.path()))
-            }
-            None => Ok(()),
-        }
+fn fuse(row: &Row, members: &[Member<'_>], limit: Option<usize>) -> Result<Module, Refusal> {
+    let mut parts: Vec<Option<Module>> = vec![None; row.canonical.len()];
+    for member in members {
+        let named = |t: &Template| t.render(&member.address.variables) == member.key.path;
+        let part = row.canonical.iter().position(named).expect("the row was found by this name");
+        parts[part] = Some(match limit {
+            Some(limit) => member.module.expanded(limit)?,
+            None => member.module.clone(),
+        });
     }
+    Module::fuse(&parts.iter().map(Option::as_ref).collect::<Vec<_>>(), &row.outputs)
 }
 
 /// Why a fused module stayed whole: the reason of the first part that cannot be cut. Others of its parts may well be
@@ -529,18 +502,4 @@ fn refused_cut(row: &Row, module: &Module) -> Result<Module, Refusal> {
     let parts: Arc<[usize]> = Arc::from(row.outputs.as_slice());
     let refused = (0..parts.len()).find_map(|part| module.cut(&parts, part).err());
     Err(refused.unwrap_or_else(|| Refusal("cannot be cut into parts".to_owned())))
-}
-
-/// What the tensors from `start` on say about fidelity and rounding.
-fn judge(plan: &mut Plan, start: usize, regrouped: bool) {
-    for output in &plan.outputs[start..] {
-        let fidelity = match &output.tensor {
-            t if t.is_narrowed() => Fidelity::Approximate,
-            t if t.is_scaled() => Fidelity::Rescaled,
-            _ if regrouped => Fidelity::Regrouped,
-            _ => Fidelity::Exact,
-        };
-        plan.fidelity = plan.fidelity.max(fidelity);
-        plan.rounding = plan.rounding.max(output.tensor.rounding());
-    }
 }

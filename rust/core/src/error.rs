@@ -80,6 +80,8 @@ codes! {
     UnsupportedModule "unsupported-module" Unsupported "The target dialect has no name for a module." "choose another target, or add `--lossy allow` to leave these modules out";
     UnsupportedTarget "unsupported-target" Unsupported "The dialect cannot be written, or not for this family." "`lorafmt formats` lists what can be written";
     UnsupportedStrength "unsupported-strength" Unsupported "The kind of adapter is not linear in a strength." "leave `--strength` at 1";
+    FamilyMismatch "family-mismatch" Unsupported "Adapters to different models were to be composed." "compose adapters of one family only";
+    IncompatibleModules "incompatible-modules" Unsupported "Several adapters have a module whose kinds do not add." "compose without one of them, or add `--lossy allow` to leave the module out";
     NoModules "no-modules" Format "Nothing would be written." "`lorafmt inspect` shows what the file holds";
     InvalidConfig "invalid-config" Format "An `adapter_config.json` or a metadata entry cannot be read." "repair or remove it";
     InvalidTable "invalid-table" Format "A table given by the user is not valid." "the documentation describes the format of tables under `Add a dialect`";

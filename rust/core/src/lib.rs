@@ -10,6 +10,7 @@ pub mod adapter;
 pub mod alpha;
 pub mod cast;
 pub mod check;
+pub mod compose;
 pub mod convert;
 pub mod decode;
 pub mod detect;

@@ -1,6 +1,12 @@
 //! The header's metadata: carried word for word, less what the conversion makes untrue.
 
+use serde_json::{Value, json};
+
 use crate::alpha::is_alpha_metadata;
+use crate::compose::{Composition, Term};
+
+/// The entry in which a composition says what it was made of.
+const COMPOSED: &str = "lorafmt.composed";
 
 /// Hashes over the tensors of the input; they are not those of the output.
 const HASHES: [&str; 3] = ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];
@@ -23,6 +29,20 @@ pub fn carry(metadata: &[(String, String)], alphas_kept: bool) -> Vec<(String, S
     if !out.iter().any(|(k, _)| k == "format") {
         out.push(("format".to_owned(), "pt".to_owned()));
     }
+    out
+}
+
+/// The metadata of a composition: of several files, the entries on which all agree, and what it was made of.
+pub(crate) fn of(composition: &Composition<'_>, alphas_kept: bool) -> Vec<(String, String)> {
+    let first = composition.first().source.metadata();
+    if composition.terms().len() == 1 {
+        return carry(first, alphas_kept);
+    }
+    let agreed = |entry: &&(String, String)| composition.sources().iter().all(|s| s.metadata().contains(entry));
+    let mut out = carry(&first.iter().filter(agreed).cloned().collect::<Vec<_>>(), false);
+    let term = |t: &Term<'_>| json!({"name": t.name, "strength": t.strength.to_json()});
+    let terms: Vec<Value> = composition.terms().iter().map(term).collect();
+    out.push((COMPOSED.to_owned(), Value::Array(terms).to_string()));
     out
 }
 

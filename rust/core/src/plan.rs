@@ -64,6 +64,20 @@ impl Plan {
         }
     }
 
+    /// Takes into account what the outputs from `start` on say about fidelity and rounding.
+    pub(crate) fn judge(&mut self, start: usize, regrouped: bool) {
+        for output in &self.outputs[start..] {
+            let fidelity = match &output.tensor {
+                t if t.is_narrowed() => Fidelity::Approximate,
+                t if t.is_scaled() => Fidelity::Rescaled,
+                _ if regrouped => Fidelity::Regrouped,
+                _ => Fidelity::Exact,
+            };
+            self.fidelity = self.fidelity.max(fidelity);
+            self.rounding = self.rounding.max(output.tensor.rounding());
+        }
+    }
+
     /// The fates, counted.
     pub fn count(&self) -> TensorCount {
         let of = |fate: Fate| self.fates.iter().filter(|f| **f == fate).count();

@@ -91,6 +91,9 @@ pub struct SourceReport {
     pub kind: String,
     /// SHA-256 of the file; only computed when asked for.
     pub sha256: Option<String>,
+    /// Its strength in a composition, where that is one number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub strength: Option<f64>,
 }
 
 /// The output of a conversion.
@@ -113,6 +116,9 @@ pub struct Report {
     pub schema: u32,
     /// The input.
     pub source: SourceReport,
+    /// All inputs of a composition, the first included.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<SourceReport>,
     /// The output.
     pub target: TargetReport,
     /// Where every input tensor went.

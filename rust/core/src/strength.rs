@@ -4,6 +4,8 @@ mod selector;
 
 use std::collections::BTreeMap;
 
+use serde_json::{Map, Value};
+
 pub use selector::Selector;
 
 use crate::error::{Code, Error, Result};
@@ -81,6 +83,26 @@ impl Strength {
             blocks: self.blocks.clone(),
         }
     }
+
+    /// One number if it is the same everywhere, else the keys of a recipe.
+    pub fn to_json(&self) -> Value {
+        if let Some(number) = self.everywhere() {
+            return number.into();
+        }
+        let mut json = Map::from_iter([("strength".to_owned(), self.all.into())]);
+        json.extend(self.text_encoders.map(|number| ("text_encoder_strength".to_owned(), number.into())));
+        let components: Map<_, _> = self.components.iter().map(|(k, number)| (k.clone(), (*number).into())).collect();
+        let mut blocks = Map::new();
+        for (selector, factor) in &self.blocks {
+            let name = selector.to_string();
+            // One that comes again counts where it stands last.
+            blocks.shift_remove(&name);
+            blocks.insert(name, (*factor).into());
+        }
+        let parts = [("components", components), ("blocks", blocks)].into_iter().filter(|(_, part)| !part.is_empty());
+        json.extend(parts.map(|(key, part)| (key.to_owned(), part.into())));
+        json.into()
+    }
 }
 
 #[cfg(test)]
@@ -148,6 +170,19 @@ mod tests {
             assert_eq!(error.code(), Code::InvalidArgument);
             assert!(error.message().contains(said), "{error}");
         }
+    }
+
+    #[test]
+    fn json_has_the_keys_of_a_recipe() {
+        assert_eq!(Strength::uniform(0.5).to_json().to_string(), "0.5");
+        let mut s = mixed();
+        s.blocks.push((selector("blocks"), 1.0));
+        let wanted = r#"{"strength":0.8,"text_encoder_strength":0.5,"components":{"text_encoder_2":0.25},"blocks":{"blocks.0-3":0.5,"blocks.2.x":4.0,"blocks":1.0}}"#;
+        assert_eq!(s.to_json().to_string(), wanted);
+        let text = format!(r#"[{{"path": "a", {}"#, &wanted[1..]) + "]";
+        let read = crate::recipe::parse(&text, None).expect("a recipe").loras.remove(0).strength;
+        assert_eq!(read.to_json(), s.to_json());
+        assert_eq!(read.of("transformer", true, "blocks.2.x"), s.of("transformer", true, "blocks.2.x"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use lorafmt_core::compose::Composition;
 use lorafmt_core::convert::{ConvertOptions, Target, convert, open};
 use lorafmt_core::dtype::Dtype;
 use lorafmt_core::io::{Bytes, Control, Source, TensorInfo};
@@ -42,7 +43,8 @@ rows = [
 fn write(adapter: &lorafmt_core::adapter::Adapter, to: &str, lossy: bool) -> (Vec<u8>, lorafmt_core::report::Report) {
     let mut bytes = Vec::new();
     let options = ConvertOptions { to: to.to_owned(), lossy, ..ConvertOptions::default() };
-    let report = convert(adapter, &options, Target::Stream(&mut bytes), &Control::default()).expect("converts");
+    let report = convert(&Composition::of(adapter), &options, Target::Stream(&mut bytes), &Control::default())
+        .expect("converts");
     (bytes, report)
 }
 
@@ -120,7 +122,7 @@ fn a_module_of_which_only_some_parts_can_be_cut_is_refused_whole() {
     let adapter = open(&registry, source, &ConvertOptions::default()).expect("readable");
     let to = |to: &str, lossy| {
         let options = ConvertOptions { to: to.to_owned(), lossy, ..ConvertOptions::default() };
-        convert(&adapter, &options, Target::Nowhere, &Control::default())
+        convert(&Composition::of(&adapter), &options, Target::Nowhere, &Control::default())
     };
     assert_eq!(to("fused", false).expect("the same name").tensors.used, 2);
     assert_eq!(to("split", false).expect_err("no such factors").code().as_str(), "unsupported-kind");

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use lorafmt_core::adapter::Adapter;
+use lorafmt_core::compose::{Composition, Unknown};
 use lorafmt_core::decode::decode_lenient;
 use lorafmt_core::detect::Given;
 use lorafmt_core::dtype::Dtype;
-use lorafmt_core::encode::{EncodeOptions, Unknown, encode};
+use lorafmt_core::encode::{EncodeOptions, encode};
 use lorafmt_core::inspect::inspect;
 use lorafmt_core::io::{Bytes, Source, TensorInfo};
 use lorafmt_core::kind::Slot;
@@ -51,7 +52,7 @@ pub fn encode_gives_every_tensor_a_fate(data: &[u8]) {
 }
 
 fn encode_one(adapter: &Adapter, options: EncodeOptions) {
-    let Ok(plan) = encode(adapter, &options) else { return };
+    let Ok(plan) = encode(&Composition::of(adapter), &options) else { return };
     let dialect = &adapter.registry.dialects[options.dialect].name;
     let lost = plan.fates.iter().position(|f| *f == Fate::Unknown);
     let name = lost.map(|i| &adapter.source.tensors()[i].name);
@@ -74,6 +75,8 @@ fn options(decisions: &mut Decisions<'_>) -> EncodeOptions {
         dialect: 0,
         dtype: *decisions.pick(&[None, Some(Dtype::BF16), Some(Dtype::F16), Some(Dtype::F32)]),
         strength: *decisions.pick(&[1.0, 0.5, -0.3]),
+        max_rank: *decisions.pick(&[None, Some(16)]),
+        width: None,
         unknown: *decisions.pick(&[Unknown::Drop, Unknown::Keep]),
         lossy: decisions.once_in(2),
         sidecar: decisions.once_in(2),

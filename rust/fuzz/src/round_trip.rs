@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use lorafmt_core::Code;
 use lorafmt_core::adapter::Adapter;
+use lorafmt_core::compose::Composition;
 use lorafmt_core::convert::{ConvertOptions, open, plan};
 use lorafmt_core::io::{Bytes, Control, Layout, Source, TensorInfo, write_to};
 use lorafmt_core::kind::Slot;
@@ -58,7 +59,7 @@ fn read(source: Source) -> lorafmt_core::Result<Adapter> {
 fn through(adapter: &Adapter, from: &Dialect, to: &Dialect, must_work: bool) {
     let way = format!("`{}` to `{}`", from.name, to.name);
     let options = ConvertOptions { to: to.name.clone(), ..ConvertOptions::default() };
-    let plan = match plan(adapter, &options, false) {
+    let plan = match plan(&Composition::of(adapter), &options, false) {
         Ok(plan) => plan,
         Err(error) => {
             let refused = matches!(error.code(), Code::UnsupportedKind | Code::UnsupportedModule | Code::NoModules);

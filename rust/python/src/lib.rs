@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use lorafmt_core::adapter::{Adapter as CoreAdapter, ModuleKey, Placed};
 use lorafmt_core::check::check as core_check;
+use lorafmt_core::compose::{Composition, Unknown};
 use lorafmt_core::convert::{self, ConvertOptions, Target};
 use lorafmt_core::decode::decode_lenient;
 use lorafmt_core::detect::Given;
 use lorafmt_core::dtype::Dtype;
-use lorafmt_core::encode::Unknown;
 use lorafmt_core::error::{Code, Error, Result};
 use lorafmt_core::io::{Layout, Source, WriteOptions, write_file};
 use lorafmt_core::plan::{Output, Plan as CorePlan};
@@ -82,6 +82,8 @@ fn options(json: &str) -> Result<ConvertOptions> {
             _ => Unknown::Error,
         },
         lossy: word("lossy", &["error", "allow"])? == "allow",
+        max_rank: None,
+        width: None,
     })
 }
 
@@ -188,7 +190,7 @@ impl Adapter {
         enter(py, progress.as_ref(), |control| {
             let (adapter, options) = (self.sound()?, options?);
             let mut bytes = Vec::new();
-            let report = convert::convert(adapter, &options, Target::Stream(&mut bytes), control)?;
+            let report = convert::convert(&Composition::of(adapter), &options, Target::Stream(&mut bytes), control)?;
             // A name of its own: beside the input's there may be a configuration, which has been applied by now.
             let source = Source::from_bytes(Path::new("<converted>"), Box::new(bytes))?;
             let given = Given { family: Some(adapter.family), dialect: None };
@@ -202,10 +204,11 @@ impl Adapter {
         let options = self::options(options);
         enter(py, None, |_| {
             let (adapter, options) = (self.sound()?, options?);
-            let inner = convert::plan(adapter, &options, false)?;
+            let composition = Composition::of(adapter);
+            let inner = convert::plan(&composition, &options, false)?;
             let dialect = &adapter.registry.dialects[adapter.registry.dialect(&options.to)?].name;
             let bytes = Layout::new(&inner.outputs, &inner.metadata).len();
-            let report = convert::report(adapter, &inner, dialect, bytes);
+            let report = convert::report(&composition, &inner, dialect, bytes);
             Ok(Plan { inner, report: Some(to_json(&report)) })
         })
     }
@@ -223,7 +226,7 @@ impl Adapter {
         let options = self::options(options);
         enter(py, progress.as_ref(), |control| {
             let target = Target::File(&path, WriteOptions { overwrite });
-            convert::convert(self.sound()?, &options?, target, control).map(|report| to_json(&report))
+            convert::convert(&Composition::of(self.sound()?), &options?, target, control).map(|report| to_json(&report))
         })
     }
 }

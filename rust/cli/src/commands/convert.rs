@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use lorafmt_core::adapter::Adapter;
+use lorafmt_core::compose::{Composition, Unknown};
 use lorafmt_core::convert::{self, ConvertOptions, Target, is_folder_name};
-use lorafmt_core::encode::Unknown;
 use lorafmt_core::io::{Layout, WriteOptions};
 use lorafmt_core::report::{Report, Warning};
 use lorafmt_core::table::{AlphaPolicy, Dialect, Registry};
@@ -60,6 +60,7 @@ fn options(args: &ConvertArgs) -> ConvertOptions {
             UnknownArg::Keep => Unknown::Keep,
         },
         lossy: args.lossy == LossyArg::Allow,
+        ..ConvertOptions::default()
     }
 }
 
@@ -95,11 +96,12 @@ impl Task<'_> {
         control.check()?;
         progress.begin(&input.path.to_string_lossy(), &control);
         let result = match goal {
-            Goal::Stdout => output::binary()
-                .and_then(|mut out| convert::convert(adapter, &self.options, Target::Stream(&mut out), &control)),
+            Goal::Stdout => output::binary().and_then(|mut out| {
+                convert::convert(&Composition::of(adapter), &self.options, Target::Stream(&mut out), &control)
+            }),
             Goal::File(path) => self.make_folder(path).and_then(|()| {
                 let write = WriteOptions { overwrite: self.args.force };
-                convert::convert(adapter, &self.options, Target::File(path, write), &control)
+                convert::convert(&Composition::of(adapter), &self.options, Target::File(path, write), &control)
             }),
         };
         progress.end(&control);
@@ -122,9 +124,10 @@ impl Task<'_> {
             Goal::Stdout => Path::new("-"),
         };
         let folder = *goal != Goal::Stdout && self.dialect().alpha == AlphaPolicy::Config && is_folder_name(path);
-        let plan = convert::plan(adapter, &self.options, folder)?;
+        let composition = Composition::of(adapter);
+        let plan = convert::plan(&composition, &self.options, folder)?;
         let bytes = Layout::new(&plan.outputs, &plan.metadata).len();
-        let mut report = convert::report(adapter, &plan, &self.dialect().name, bytes);
+        let mut report = convert::report(&composition, &plan, &self.dialect().name, bytes);
         let exists = if folder { path.join("adapter_model.safetensors") } else { path.to_path_buf() };
         if !self.args.force && exists.symlink_metadata().is_ok() {
             let detail = "the output exists already; without `--force` nothing would be written";

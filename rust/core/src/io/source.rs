@@ -136,6 +136,13 @@ impl Source {
         self.len() == 0
     }
 
+    /// Whether both hold the same tensors under the same names. Reads bytes only where everything else agrees.
+    pub fn same_as(&self, other: &Source) -> bool {
+        let mine = || self.header.tensors.iter().map(|t| (&t.name, t.dtype, &t.shape));
+        mine().eq(other.header.tensors.iter().map(|t| (&t.name, t.dtype, &t.shape)))
+            && (0..self.header.tensors.len()).all(|i| self.bytes(i) == other.bytes(i))
+    }
+
     /// The SHA-256 of the file in lower-case hexadecimal; `None` where there is no file. Reads every byte.
     pub fn sha256(&self) -> Option<String> {
         match &self.backing {

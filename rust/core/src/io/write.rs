@@ -119,7 +119,8 @@ impl<'a> Layout<'a> {
         let mut tiles: Vec<Tile<'a>> = Vec::new();
         for &(output, start) in &self.tensors {
             let (rows, row_bytes) = (output.tensor.rows(), output.tensor.cols() * output.tensor.dtype().size());
-            let step = (TILE / row_bytes.max(1)).max(1);
+            let block = output.tensor.block();
+            let step = (TILE / row_bytes.max(1) / block * block).max(block);
             let mut row = 0;
             while row < rows && row_bytes > 0 {
                 let end = rows.min(row + step);

@@ -3,6 +3,8 @@
 //! A fact about a module ("its output rows are cut here") is stated once and reaches every tensor through the tensor's
 //! [`Role`]. What cannot be expressed for a kind is refused with a reason, never approximated.
 
+mod expand;
+mod join;
 mod module;
 
 pub(crate) use module::rank_of;

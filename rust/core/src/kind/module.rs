@@ -11,7 +11,7 @@ use crate::tensor::Tensor;
 #[derive(Debug, Clone)]
 pub struct Refusal(pub String);
 
-fn refuse<T>(reason: impl Into<String>) -> Result<T, Refusal> {
+pub(super) fn refuse<T>(reason: impl Into<String>) -> Result<T, Refusal> {
     Err(Refusal(reason.into()))
 }
 
@@ -42,7 +42,7 @@ impl AlphaSource {
 
 /// The fused module that a part was cut from, kept so that unused rank can be cut off where that is exact.
 #[derive(Debug, Clone)]
-struct CutFrom {
+pub(super) struct CutFrom {
     up: Tensor,
     /// Output rows of all parts.
     parts: Arc<[usize]>,
@@ -66,7 +66,7 @@ pub struct Module {
     pub inputs: Vec<usize>,
     /// Whether factors were joined into new ones: same delta, other tensors.
     pub regrouped: bool,
-    cut_from: Option<CutFrom>,
+    pub(super) cut_from: Option<CutFrom>,
 }
 
 impl Module {
@@ -105,7 +105,7 @@ impl Module {
     }
 
     /// The tensor that a factor on the delta can be put on.
-    fn factor_slot(&self) -> Option<Slot> {
+    pub(super) fn factor_slot(&self) -> Option<Slot> {
         let order = [Slot::Up, Slot::HadaW1A, Slot::LokrW1, Slot::LokrW1A];
         order.into_iter().find(|s| self.tensors.contains_key(s))
     }
@@ -136,7 +136,7 @@ impl Module {
     }
 
     /// Which rows of the outer Kronecker factor make the output rows `range`.
-    fn kron_rows(&self, range: &Range<usize>) -> Result<Range<usize>, Refusal> {
+    pub(super) fn kron_rows(&self, range: &Range<usize>) -> Result<Range<usize>, Refusal> {
         let inner = self.get(Slot::LokrW2).or_else(|| self.get(Slot::LokrW2A)).map_or(1, Tensor::rows).max(1);
         if !range.start.is_multiple_of(inner) || !range.end.is_multiple_of(inner) {
             return refuse("is LoKr and its Kronecker factors do not divide at the parts");
@@ -232,184 +232,6 @@ impl Module {
         }
         out
     }
-
-    /// The sum of two modules: ranks side by side. Only plain LoRA adds.
-    pub fn plus(&self, other: &Module) -> Result<Module, Refusal> {
-        if self.kind != Kind::Lora || other.kind != Kind::Lora || self.is_dora() || other.is_dora() {
-            return refuse("is claimed twice, and only plain LoRA contributions can be added");
-        }
-        if self.tensors.contains_key(&Slot::Mid) || other.tensors.contains_key(&Slot::Mid) {
-            return refuse("is claimed twice, and Tucker cores (`lora_mid`) cannot be added");
-        }
-        let width = |m: &Module| m.get(Slot::Down).map(Tensor::cols);
-        if width(self) != width(other) {
-            return refuse("is claimed twice, with different input widths");
-        }
-        let same_scale = self.scale == other.scale;
-        let terms = [self, other].map(|m| {
-            let m = m.tightened();
-            if same_scale { m } else { m.folded() }
-        });
-        let pick = |slot| terms.iter().filter_map(|m| m.tensors.get(&slot).cloned()).collect::<Vec<_>>();
-        let mut tensors = BTreeMap::new();
-        tensors.insert(Slot::Down, Tensor::stack_rows(&pick(Slot::Down)));
-        tensors.insert(Slot::Up, Tensor::stack_cols(&pick(Slot::Up)));
-        match pick(Slot::DiffB).as_slice() {
-            [] => {}
-            [one] => drop(tensors.insert(Slot::DiffB, one.clone())),
-            _ => return refuse("is claimed twice, each time with a bias"),
-        }
-        let mut out = Module::new(Kind::Lora, tensors);
-        out.scale = terms[0].scale;
-        out.alpha_source = self.alpha_source.min(other.alpha_source);
-        out.inputs = [self.inputs.as_slice(), &other.inputs].concat();
-        out.regrouped = true;
-        Ok(out)
-    }
-
-    /// One module of several parts, stacked by output rows; absent parts are zero.
-    ///
-    /// Parts that share everything but their rows (equal `down`) keep sharing it. Otherwise ranks stand side by side
-    /// and the row factors become block-diagonal, which is what sd-scripts writes for split training.
-    pub fn fuse(parts: &[Option<&Module>], rows: &[usize]) -> Result<Module, Refusal> {
-        let present: Vec<&Module> = parts.iter().flatten().copied().collect();
-        let first = present[0];
-        if present.iter().any(|m| m.kind != first.kind || m.is_dora() != first.is_dora()) {
-            return refuse("would join parts of different kinds");
-        }
-        if first.is_dora() && present.len() < parts.len() {
-            return refuse("is DoRA, and a part of the fused module is absent, whose magnitude is unknown");
-        }
-        let mut out = if shares_all_but_rows(&present) {
-            Self::fuse_sharing(parts, rows)?
-        } else {
-            Self::fuse_blocks(parts, rows)?
-        };
-        out.inputs = present.iter().flat_map(|m| m.inputs.iter().copied()).collect();
-        out.inputs.sort_unstable();
-        out.inputs.dedup();
-        Ok(out)
-    }
-
-    fn fuse_sharing(parts: &[Option<&Module>], rows: &[usize]) -> Result<Module, Refusal> {
-        let present: Vec<&Module> = parts.iter().flatten().copied().collect();
-        let first = present[0];
-        let same_scale = present.iter().all(|m| m.scale == first.scale);
-        let mut out = first.clone();
-        out.cut_from = None;
-        out.regrouped |= present.len() < parts.len();
-        if !same_scale {
-            (out.scale, out.alpha) = (1.0, None);
-        } else if !present.iter().all(|m| same_alpha(m, first)) {
-            out.alpha = None;
-        }
-        let factor = first.factor_slot();
-        for (&slot, tensor) in &first.tensors {
-            let role = slot.role();
-            if matches!(role, Role::Global | Role::Opaque) {
-                return refuse(format!("is {} and cannot be joined with others", first.kind_name()));
-            }
-            if !matches!(role, Role::Rows | Role::KronRows) {
-                continue;
-            }
-            let mut pieces = Vec::new();
-            for (part, &count) in parts.iter().zip(rows) {
-                let count = match role {
-                    Role::KronRows => first.kron_rows(&(0..count))?.len(),
-                    _ => count,
-                };
-                let piece = match part.and_then(|m| m.get(slot)) {
-                    Some(t) if Some(slot) == factor && !same_scale => t.clone().scaled(part.map_or(1.0, |m| m.scale)),
-                    Some(t) => t.clone(),
-                    None => zeros_like(tensor, count),
-                };
-                pieces.push(piece);
-            }
-            out.tensors.insert(slot, Tensor::stack_rows(&pieces));
-        }
-        Ok(out)
-    }
-
-    fn fuse_blocks(parts: &[Option<&Module>], rows: &[usize]) -> Result<Module, Refusal> {
-        let present: Vec<&Module> = parts.iter().flatten().copied().collect();
-        let kind = present[0].kind;
-        let (row_slots, shared_slots): (&[Slot], &[Slot]) = match kind {
-            Kind::Lora => (&[Slot::Up], &[Slot::Down]),
-            Kind::Loha => (&[Slot::HadaW1A, Slot::HadaW2A], &[Slot::HadaW1B, Slot::HadaW2B]),
-            _ => return refuse(format!("is {} whose parts share no factor, so they have no fused form", kind.name())),
-        };
-        let known =
-            |s: &Slot| row_slots.contains(s) || shared_slots.contains(s) || matches!(s, Slot::DiffB | Slot::Magnitude);
-        if let Some(other) = present.iter().flat_map(|m| m.tensors.keys()).find(|s| !known(s)) {
-            return refuse(format!("has a `{}` tensor, which has no fused form", other.name()));
-        }
-        let same_scale = present.iter().all(|m| m.scale == present[0].scale);
-        let terms: Vec<Option<Module>> = parts
-            .iter()
-            .map(|part| part.map(|m| if same_scale { m.tightened() } else { m.tightened().folded() }))
-            .collect();
-        let mut tensors = BTreeMap::new();
-        for &slot in shared_slots {
-            let stacked: Vec<Tensor> = terms.iter().flatten().filter_map(|m| m.get(slot).cloned()).collect();
-            tensors.insert(slot, Tensor::stack_rows(&stacked));
-        }
-        for &slot in row_slots {
-            let blocks: Vec<Tensor> = terms
-                .iter()
-                .zip(rows)
-                .map(|(term, &count)| match term.as_ref().and_then(|m| m.get(slot)) {
-                    Some(t) => t.clone(),
-                    None => Tensor::zeros(present[0].tensors[&slot].dtype(), vec![count, 0]),
-                })
-                .collect();
-            tensors.insert(slot, Tensor::block_diagonal(&blocks));
-        }
-        for slot in [Slot::DiffB, Slot::Magnitude] {
-            let Some(like) = present.iter().find_map(|m| m.get(slot)) else { continue };
-            let pieces: Vec<Tensor> = parts
-                .iter()
-                .zip(rows)
-                .map(|(part, &count)| {
-                    part.and_then(|m| m.get(slot)).cloned().unwrap_or_else(|| zeros_like(like, count))
-                })
-                .collect();
-            tensors.insert(slot, Tensor::stack_rows(&pieces));
-        }
-        let mut out = Module::new(kind, tensors);
-        out.scale = if same_scale { present[0].scale } else { 1.0 };
-        out.alpha_source = present[0].alpha_source;
-        out.regrouped = true;
-        Ok(out)
-    }
-}
-
-fn zeros_like(like: &Tensor, rows: usize) -> Tensor {
-    let mut shape = like.shape().to_vec();
-    if let Some(first) = shape.first_mut() {
-        *first = rows;
-    }
-    Tensor::zeros(like.dtype(), shape)
-}
-
-fn same_alpha(a: &Module, b: &Module) -> bool {
-    match (&a.alpha, &b.alpha) {
-        (Some(x), Some(y)) => x.same_as(y),
-        (None, None) => true,
-        _ => false,
-    }
-}
-
-/// Whether all parts have the same slots, and equal tensors in those that do not follow the rows.
-fn shares_all_but_rows(parts: &[&Module]) -> bool {
-    let first = parts[0];
-    parts.iter().all(|m| {
-        m.tensors.len() == first.tensors.len()
-            && m.tensors.iter().zip(&first.tensors).all(|((sa, ta), (sb, tb))| {
-                let follows_rows = matches!(sa.role(), Role::Rows | Role::KronRows);
-                let fits = if follows_rows { ta.cols() == tb.cols() } else { ta.same_as(tb) };
-                sa == sb && fits
-            })
-    })
 }
 
 /// The columns of `up` that part `index` uses, if `up` is block-diagonal over the parts.

@@ -202,6 +202,11 @@ impl Dialect {
         self.write && self.places.iter().any(|p| p.write && !p.carried && p.family == family)
     }
 
+    /// Whether it has a spelling for a slot; a bias difference may take the place of a factor's bias.
+    pub fn holds(&self, slot: Slot) -> bool {
+        self.spelling.contains_key(&slot) || (slot == Slot::DiffB && self.spelling.contains_key(&Slot::Bias))
+    }
+
     /// Whether it is read for a family.
     pub fn reads(&self, family: usize) -> bool {
         self.places.iter().any(|p| p.family == family)

@@ -4,90 +4,18 @@
 //! Rectangles that come to lie beside each other again, as they were in their input, merge: so fusing what was split
 //! is recognised as a plain copy, without a rule for it. Nothing is computed before [`Tensor::read`].
 
+mod derived;
+mod piece;
+
 use std::ops::Range;
 use std::sync::Arc;
+
+pub use derived::{Derived, Pairing};
+use piece::{Origin, Piece};
 
 use crate::cast::{Loss, common_dtype, convert};
 use crate::dtype::{Dtype, read_f64};
 use crate::io::Source;
-
-/// Where the elements of a rectangle come from.
-#[derive(Debug, Clone)]
-enum Origin {
-    /// Tensor number `.1` of an input.
-    Input(Arc<Source>, usize),
-    /// Bytes made here: alphas, shapes.
-    Constant(Arc<[u8]>),
-}
-
-impl Origin {
-    fn bytes(&self) -> &[u8] {
-        match self {
-            Origin::Input(source, index) => source.bytes(*index),
-            Origin::Constant(bytes) => bytes,
-        }
-    }
-
-    fn same(&self, other: &Origin) -> bool {
-        match (self, other) {
-            (Origin::Input(a, i), Origin::Input(b, j)) => Arc::ptr_eq(a, b) && i == j,
-            (Origin::Constant(a), Origin::Constant(b)) => Arc::ptr_eq(a, b),
-            _ => false,
-        }
-    }
-}
-
-/// `rows` x `cols` elements of an input, placed at `at` and multiplied by `scale`.
-#[derive(Debug, Clone)]
-struct Piece {
-    origin: Origin,
-    dtype: Dtype,
-    /// Elements in a row of the input.
-    stride: usize,
-    from: (usize, usize),
-    at: (usize, usize),
-    rows: usize,
-    cols: usize,
-    scale: f64,
-}
-
-impl Piece {
-    /// Whether `next` continues this piece downwards, in the input as in the output.
-    fn continues_down(&self, next: &Piece) -> bool {
-        self.like(next)
-            && self.cols == next.cols
-            && (next.from.0, next.from.1) == (self.from.0 + self.rows, self.from.1)
-            && (next.at.0, next.at.1) == (self.at.0 + self.rows, self.at.1)
-    }
-
-    /// Whether `next` continues this piece to the right, in the input as in the output.
-    fn continues_right(&self, next: &Piece) -> bool {
-        self.like(next)
-            && self.rows == next.rows
-            && (next.from.0, next.from.1) == (self.from.0, self.from.1 + self.cols)
-            && (next.at.0, next.at.1) == (self.at.0, self.at.1 + self.cols)
-    }
-
-    fn like(&self, other: &Piece) -> bool {
-        self.scale == other.scale && self.stride == other.stride && self.origin.same(&other.origin)
-    }
-
-    fn row(&self, row: usize) -> &[u8] {
-        let size = self.dtype.size();
-        let start = ((self.from.0 + row) * self.stride + self.from.1) * size;
-        &self.origin.bytes()[start..start + self.cols * size]
-    }
-
-    /// Its bytes if they lie in one run.
-    fn run(&self) -> Option<&[u8]> {
-        if self.cols != self.stride && self.rows != 1 {
-            return None;
-        }
-        let size = self.dtype.size();
-        let start = (self.from.0 * self.stride + self.from.1) * size;
-        self.origin.bytes().get(start..start + self.rows * self.cols * size)
-    }
-}
 
 /// A tensor that has not been computed yet. Cloning copies the description, never data.
 #[derive(Debug, Clone)]
@@ -161,14 +89,14 @@ impl Tensor {
 
     /// Numbers of the input tensors it reads.
     pub fn inputs(&self) -> Vec<usize> {
-        let mut inputs: Vec<usize> = self
-            .pieces
-            .iter()
-            .filter_map(|p| match p.origin {
-                Origin::Input(_, index) => Some(index),
-                Origin::Constant(_) => None,
-            })
-            .collect();
+        let mut inputs = Vec::new();
+        for piece in &self.pieces {
+            match &piece.origin {
+                Origin::Input(_, index) => inputs.push(*index),
+                Origin::Constant(_) => {}
+                Origin::Derived(derived) => inputs.extend(derived.parts().iter().flat_map(|p| p.inputs())),
+            }
+        }
         inputs.sort_unstable();
         inputs.dedup();
         inputs
@@ -176,23 +104,41 @@ impl Tensor {
 
     /// Whether any element is multiplied.
     pub fn is_scaled(&self) -> bool {
-        self.pieces.iter().any(|p| p.scale != 1.0)
+        let inside = |d: &Arc<dyn Derived>| d.computes() || d.parts().iter().any(|p| p.is_scaled());
+        self.pieces.iter().any(|p| p.scale != 1.0 || p.derived().is_some_and(inside))
     }
 
     /// Whether any element is cast to a type that may not hold it.
     pub fn is_narrowed(&self) -> bool {
-        self.pieces.iter().any(|p| !p.dtype.fits_in(self.dtype))
+        let narrows = |p: &Piece| match p.derived() {
+            // What is computed is rounded once to the type that was asked for: that of its parts is what counts.
+            Some(d) if d.computes() => d.parts().iter().any(|t| !t.dtype.fits_in(self.dtype)),
+            Some(d) => !p.dtype.fits_in(self.dtype) || d.parts().iter().any(|t| t.is_narrowed()),
+            None => !p.dtype.fits_in(self.dtype),
+        };
+        self.pieces.iter().any(narrows)
     }
 
     /// Largest relative rounding error of an element: 0 for copies, exact casts and powers of two.
     pub fn rounding(&self) -> f64 {
-        self.pieces
-            .iter()
-            .map(|p| {
-                let exact_scale = p.scale == 0.0 || p.scale.abs().log2().fract() == 0.0;
-                if exact_scale && p.dtype.fits_in(self.dtype) { 0.0 } else { self.dtype.unit_roundoff() }
-            })
-            .fold(0.0, f64::max)
+        let of = |p: &Piece| {
+            let exact_scale = p.scale == 0.0 || p.scale.abs().log2().fract() == 0.0;
+            let here = if exact_scale && p.dtype.fits_in(self.dtype) { 0.0 } else { self.dtype.unit_roundoff() };
+            match p.derived() {
+                Some(d) if d.computes() => self.dtype.unit_roundoff(),
+                Some(d) => d.parts().iter().map(|t| t.rounding()).fold(here, f64::max),
+                None => here,
+            }
+        };
+        self.pieces.iter().map(of).fold(0.0, f64::max)
+    }
+
+    /// Rows that are best read together.
+    pub fn block(&self) -> usize {
+        match self.pieces.as_slice() {
+            [p] if p.from.0 == 0 => p.derived().map_or(1, |d| d.block()),
+            _ => 1,
+        }
     }
 
     /// The same elements under another shape of equal size and equal first dimension (or as a vector of it).
@@ -301,6 +247,42 @@ impl Tensor {
         out
     }
 
+    /// Both in one frame, where no element is covered by both; `None` otherwise. Shapes and types agree.
+    pub fn overlaid(&self, other: &Tensor) -> Option<Self> {
+        let clash = |p: &Piece| other.pieces.iter().any(|q| p.overlaps(q));
+        if self.shape != other.shape || self.pieces.iter().any(clash) {
+            return None;
+        }
+        let mut out = self.clone();
+        out.dtype = common_dtype(self.dtype, other.dtype);
+        out.place(other, (0, 0));
+        Some(out)
+    }
+
+    /// The same matrix in the upper left corner of a larger one of zeros.
+    #[must_use]
+    pub fn padded(&self, rows: usize, cols: usize) -> Self {
+        if (rows, cols) == (self.rows(), self.cols()) {
+            return self.clone();
+        }
+        let mut out = Self::zeros(self.dtype, vec![rows, cols]);
+        out.place(self, (0, 0));
+        out
+    }
+
+    /// Column i moved to column `to[i]` of a matrix with `cols` columns, zeros elsewhere. No two go to one place.
+    #[must_use]
+    pub fn spread_cols(&self, to: &[usize], cols: usize) -> Self {
+        let mut out = Self::zeros(self.dtype, vec![self.rows(), cols]);
+        let mut from = 0;
+        while from < to.len() {
+            let run = (from..to.len()).take_while(|&i| to[i] == to[from] + (i - from)).count();
+            out.place(&self.slice_cols(from..from + run), (0, to[from]));
+            from += run;
+        }
+        out
+    }
+
     fn frame(parts: &[Tensor], rows: usize, cols: usize) -> Self {
         // Parts of different types meet in the widest of them, so that nothing is rounded by joining.
         let widest = parts.iter().map(|p| p.dtype).reduce(common_dtype).expect("at least one part");
@@ -381,11 +363,10 @@ impl Tensor {
     pub fn is_zero(&self, rows: Range<usize>, cols: Range<usize>) -> bool {
         self.window(rows, cols).pieces.iter().all(|p| {
             let size = p.dtype.size();
-            p.scale == 0.0
-                || (0..p.rows).all(|r| {
-                    let row = p.row(r);
-                    row.iter().all(|&b| b == 0) || row.chunks_exact(size).all(|e| read_f64(p.dtype, e) == 0.0)
-                })
+            let zero = |_, row: &[u8]| {
+                row.iter().all(|&b| b == 0) || row.chunks_exact(size).all(|e| read_f64(p.dtype, e) == 0.0)
+            };
+            p.scale == 0.0 || p.each_row(0..p.rows, zero).0
         })
     }
 
@@ -434,13 +415,14 @@ impl Tensor {
         let cols = self.cols();
         let mut out = vec![0.0; rows.len() * cols];
         for p in &self.window(rows, 0..cols).pieces {
-            for r in 0..p.rows {
+            p.each_row(0..p.rows, |r, row| {
                 let start = (p.at.0 + r) * cols + p.at.1;
                 let target = &mut out[start..start + p.cols];
-                for (value, element) in target.iter_mut().zip(p.row(r).chunks_exact(p.dtype.size())) {
+                for (value, element) in target.iter_mut().zip(row.chunks_exact(p.dtype.size())) {
                     *value = read_f64(p.dtype, element) * p.scale;
                 }
-            }
+                true
+            });
         }
         out
     }
@@ -467,20 +449,27 @@ impl Tensor {
             if top >= bottom {
                 continue;
             }
+            let wanted = top - p.at.0..bottom - p.at.0;
+            let target = &mut out[(top - rows.start) * cols * size..(bottom - rows.start) * cols * size];
             if p.cols == cols && p.stride == cols {
                 // Full width: one run of memory on both sides.
-                let from = (p.from.0 + top - p.at.0) * cols * p.dtype.size();
-                let count = (bottom - top) * cols;
-                let source = &p.origin.bytes()[from..from + count * p.dtype.size()];
-                let target = &mut out[(top - rows.start) * cols * size..(bottom - rows.start) * cols * size];
-                loss |= convert(p.dtype, source, p.scale, self.dtype, target);
-                continue;
+                if let Some(source) = p.run_of(wanted.clone()) {
+                    loss |= convert(p.dtype, source, p.scale, self.dtype, target);
+                    continue;
+                }
+                if let Some(derived) = p.derived().filter(|_| p.scale == 1.0 && p.dtype == self.dtype) {
+                    loss |= derived.read(p.from.0 + wanted.start..p.from.0 + wanted.end, target);
+                    continue;
+                }
             }
-            for row in top..bottom {
-                let source = p.row(row - p.at.0);
-                let start = ((row - rows.start) * cols + p.at.1) * size;
-                loss |= convert(p.dtype, source, p.scale, self.dtype, &mut out[start..start + p.cols * size]);
-            }
+            let mut here = Loss::default();
+            let (_, inner) = p.each_row(wanted.clone(), |row, source| {
+                let start = ((row - wanted.start) * cols + p.at.1) * size;
+                here |= convert(p.dtype, source, p.scale, self.dtype, &mut target[start..start + p.cols * size]);
+                true
+            });
+            loss |= here;
+            loss |= inner;
         }
         loss
     }
