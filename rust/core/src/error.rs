@@ -90,6 +90,7 @@ codes! {
     NoModules "no-modules" Format "Nothing would be written." "`lorafmt inspect` shows what the file holds";
     InvalidConfig "invalid-config" Format "An `adapter_config.json` or a metadata entry cannot be read." "repair or remove it";
     InvalidTable "invalid-table" Format "A table given by the user is not valid." "the documentation describes the format of tables under `Add a dialect`";
+    InvalidRecipe "invalid-recipe" Format "A recipe cannot be read." "a recipe names its adapters under `loras`, each with a `path` and, if it is not 1, a `strength`";
     InvalidArgument "invalid-argument" Usage "An argument has a value that makes no sense." "see `--help`";
     Interrupted "interrupted" Interrupted "Stopped by the user; nothing was left behind." "run the command again";
 }

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
+pub(crate) use lookup::edit_distance;
 pub use lookup::{Hit, Read, SuffixMatch};
 pub use native::{Layer, Native};
 use pattern::Template;
