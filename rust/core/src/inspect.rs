@@ -8,6 +8,8 @@ use crate::adapter::Adapter;
 use crate::convert::kind_name;
 use crate::error::Error;
 use crate::kind::{Kind, Slot};
+use crate::native::NativeInfo;
+use crate::native::manifest::Entry;
 use crate::report::{AlphaCount, Warning};
 use crate::table::Registry;
 
@@ -68,6 +70,9 @@ pub struct Inspection {
     pub alpha: AlphaCount,
     /// Input width of a widened module (FLUX Control: 128, Fill: 384).
     pub widened: BTreeMap<String, usize>,
+    /// The base and the adapters of a native file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub native: Option<Native>,
     /// Programs that load it, or not.
     pub loaders: Vec<Loader>,
     /// The header's metadata.
@@ -78,6 +83,58 @@ pub struct Inspection {
     pub warnings: Vec<Warning>,
     /// What makes a conversion impossible.
     pub problems: Vec<serde_json::Value>,
+}
+
+/// What a native file says of itself, and what its sizes say.
+#[derive(Debug, Clone, Serialize)]
+pub struct Native {
+    /// The fingerprint of the base that it fits; `None` if the file does not say.
+    pub fingerprint: Option<String>,
+    /// The name of the base's file.
+    pub base: Option<String>,
+    /// What the base is quantized to.
+    pub precision: Option<String>,
+    /// Where each adapter's ranks start.
+    pub layout: Option<String>,
+    /// Layers by total rank, the base's included.
+    pub ranks: BTreeMap<usize, usize>,
+    /// The adapters inside.
+    pub adapters: Vec<NativeAdapter>,
+}
+
+/// An adapter inside a native file.
+#[derive(Debug, Clone, Serialize)]
+pub struct NativeAdapter {
+    /// Its name.
+    pub name: String,
+    /// The hash of the file it came from.
+    pub hash: Option<String>,
+    /// The strength that is multiplied in.
+    pub strength: serde_json::Value,
+    /// Layers by rank.
+    pub ranks: BTreeMap<usize, usize>,
+}
+
+fn native(info: &NativeInfo) -> Native {
+    let manifest = info.manifest.as_ref();
+    let adapter = |entry: &Entry| {
+        let mut ranks = BTreeMap::new();
+        for layer in &info.layers {
+            let rank = entry.range(layer).len();
+            if rank > 0 {
+                *ranks.entry(rank).or_default() += 1;
+            }
+        }
+        NativeAdapter { name: entry.name.clone(), hash: entry.hash.clone(), strength: entry.strength.clone(), ranks }
+    };
+    Native {
+        fingerprint: manifest.map(|m| m.base.fingerprint.clone()),
+        base: manifest.map(|m| m.base.name.clone()),
+        precision: manifest.and_then(|m| m.base.precision.clone()),
+        layout: manifest.map(|m| m.layout.clone()),
+        ranks: info.ranks.clone(),
+        adapters: manifest.map(|m| m.adapters.iter().map(adapter).collect()).unwrap_or_default(),
+    }
 }
 
 /// Describes an adapter as it was read, with the problems met on the way.
@@ -107,6 +164,7 @@ pub fn inspect(adapter: &Adapter, problems: &[Error]) -> Inspection {
         scales: BTreeMap::new(),
         alpha: AlphaCount::default(),
         widened: BTreeMap::new(),
+        native: adapter.native.as_ref().map(native),
         loaders: Vec::new(),
         metadata: source.metadata().iter().cloned().collect(),
         unknown: adapter.unknown.iter().map(|&i| source.tensors()[i].name.clone()).collect(),

@@ -144,6 +144,11 @@ impl Base {
         }
     }
 
+    /// Whether these are branches that a file carries in itself.
+    pub(crate) fn is_within(&self, source: &Arc<Source>) -> bool {
+        Arc::ptr_eq(&self.source, source)
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         self.source.path()

@@ -13,5 +13,5 @@ mod scaling;
 pub(crate) use assemble::{Assembled, assemble};
 pub use assemble::{Layout, MAX_TOTAL_RANK, NativeOptions};
 pub use base::{Base, BaseLayer, Precision, Smoothing};
-pub use read::{Branches, NativeInfo};
-pub(crate) use read::{Reading, entry_name, recognise};
+pub use read::{Branches, Disassembled, NativeInfo, disassemble};
+pub(crate) use read::{Reading, entry_name, needs_base, recognise};

@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as Slotted;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
+use super::assemble::Layout;
 use super::base::{Base, BaseLayer, Smoothing};
 use super::manifest::{Entry, Manifest};
 use super::pack::{Branch, Side, TILE, unpack};
 use super::scaling::{divide_columns, multiply_rows};
 use crate::adapter::{Adapter, Address, ModuleKey, Placed};
+use crate::decode::decode;
+use crate::detect::Given;
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
 use crate::kind::{Kind, Module, Slot};
@@ -26,6 +30,8 @@ pub struct NativeInfo {
     pub entry: Option<Entry>,
     /// Whether its modules still have the base's own ranks in them, or its smoothing: only with the base can they go.
     pub needs_base: bool,
+    /// Names of its layers.
+    pub layers: Vec<String>,
     /// Layers by total rank, the base's included.
     pub ranks: BTreeMap<usize, usize>,
     /// Tensors that make no module: branches that are the base's alone, and zeros.
@@ -125,6 +131,38 @@ pub(crate) struct Reading<'b> {
 }
 
 impl Branches {
+    /// The ranks of the base that a file with metadata carries in itself.
+    fn own_base(&self, registry: &Registry, source: &Arc<Source>, manifest: &Manifest) -> Result<Base> {
+        let native = &registry.dialects[self.dialect].natives[self.native];
+        let input = |index: usize| Tensor::input(source, index);
+        let mut layers = BTreeMap::new();
+        for found in &self.layers {
+            let (Some(down), Some(up)) = (found.down, found.up) else { continue };
+            let ranks = manifest.base.rank(&found.name);
+            let sound = ranks.is_multiple_of(TILE) && ranks <= input(down).cols() && ranks <= input(up).cols();
+            if !sound {
+                let message =
+                    format!("the metadata gives `{}` {ranks} ranks of the base, which it does not have", found.name);
+                return Err(Error::new(Code::InvalidPacking, message)
+                    .key(&source.tensors()[down].name)
+                    .at(source.path()));
+            }
+            let branch = |index: usize| Branch { packed: input(index), ranks };
+            let layer = &native.layers[found.layer];
+            let vector = layer.vector.as_ref().map(|v| format!("{}.bias", v.render(&found.variables)));
+            let bias = vector.and_then(|v| source.tensors().iter().find(|t| t.name == v)).map(|t| t.dtype);
+            let plain = layer.interleave.is_none();
+            let held = BaseLayer {
+                branch: (plain && ranks > 0).then(|| (branch(down), branch(up))),
+                dtype: plain.then(|| input(down).dtype()),
+                bias,
+                smoothing: Smoothing::Plain,
+            };
+            layers.insert(found.name.clone(), held);
+        }
+        Ok(Base::within(source, &registry.families[self.family].name, manifest, layers))
+    }
+
     /// Adds the modules of the branches to an adapter that has all others. Problems of single layers are returned.
     pub(crate) fn place(&self, adapter: &mut Adapter, reading: Reading<'_>) -> Result<Vec<Error>> {
         let manifest = Manifest::of(&adapter.source)?;
@@ -148,6 +186,7 @@ impl Branches {
             needs_base: reading.base.is_none() && (manifest.is_none() || smoothed),
             manifest,
             entry,
+            layers: self.layers.iter().map(|l| l.name.clone()).collect(),
             ranks: BTreeMap::new(),
             spent: Vec::new(),
         });
@@ -214,8 +253,9 @@ impl Branches {
             check_branch(held, &d, &u, name(down)).map_err(|e| e.at(source.path()))?;
         }
         let ranges = own_ranks(info, held, &found.name, left.rows());
-        let ranges: Vec<Range<usize>> =
-            ranges.into_iter().map(|r| trim(&left, &right, r)).filter(|r| !r.is_empty()).collect();
+        let described = info.manifest.is_some();
+        let exact = |r: Range<usize>| if described { r } else { trim(&left, &right, r) };
+        let ranges: Vec<Range<usize>> = ranges.into_iter().map(exact).filter(|r| !r.is_empty()).collect();
         if ranges.is_empty() {
             info.spent.extend([down, up]);
             return Ok(Vec::new());
@@ -414,4 +454,47 @@ fn keep_own(adapter: &mut Adapter) {
 /// What a manifest calls a module outside the layers: modules of the main component by their path alone.
 pub(crate) fn entry_name(adapter: &Adapter, key: &ModuleKey) -> String {
     if key.component == 0 { key.path.clone() } else { adapter.display(key) }
+}
+
+/// A native file taken apart.
+#[derive(Debug)]
+pub struct Disassembled {
+    /// Its adapters, in the order of their ranks.
+    pub adapters: Vec<Adapter>,
+    /// The base whose branches they continue: the one given, or those ranks of the file itself.
+    pub base: Arc<Base>,
+    /// Where each adapter's ranks start.
+    pub layout: Layout,
+}
+
+/// Takes a native file apart into its adapters. Without metadata that needs the base, and gives one adapter.
+pub fn disassemble(registry: &Arc<Registry>, source: &Arc<Source>, base: Option<Arc<Base>>) -> Result<Disassembled> {
+    let Some(branches) = recognise(registry, source)? else {
+        return Err(Error::new(Code::InvalidArgument, "it is no native file").at(source.path()));
+    };
+    let given = |base: &Option<Arc<Base>>, only: Option<usize>| Given {
+        family: Some(branches.family),
+        base: base.clone(),
+        only,
+        ..Given::default()
+    };
+    let Some(manifest) = Manifest::of(source)? else {
+        let Some(base) = base else { return Err(needs_base(source.path())) };
+        let adapter = decode(registry, source, &given(&Some(Arc::clone(&base)), None))?;
+        return Ok(Disassembled { adapters: vec![adapter], base, layout: Layout::Packed });
+    };
+    let numbers = 0..manifest.adapters.len();
+    let adapters = numbers.map(|n| decode(registry, source, &given(&base, Some(n)))).collect::<Result<_>>()?;
+    let base = match base {
+        Some(base) => base,
+        None => Arc::new(branches.own_base(registry, source, &manifest)?),
+    };
+    Ok(Disassembled { adapters, base, layout: Layout::from_name(&manifest.layout).unwrap_or_default() })
+}
+
+/// The error of a native file whose branches cannot be told from the base's.
+pub(crate) fn needs_base(path: &Path) -> Error {
+    let message = "it is a native file, whose ranks begin with those of its quantized base";
+    let hint = "add `--base FILE`, the checkpoint it was made for, so that they can be taken off; or name the original adapter";
+    Error::new(Code::BaseNeeded, message).at(path).hint(hint)
 }
