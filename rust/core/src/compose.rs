@@ -15,7 +15,7 @@ use crate::error::{Code, Error, Result};
 use crate::io::Source;
 use crate::kind::{Kind, Module, Refusal};
 use crate::native::manifest::Entry;
-use crate::plan::{Fate, Output, Plan};
+use crate::plan::{Digest, Fate, Output, Plan};
 use crate::report::{AlphaCount, Fidelity, Warning};
 use crate::strength::Strength;
 use crate::table::Dialect;
@@ -45,11 +45,16 @@ impl<'a> Term<'a> {
         Self { adapter, strength, name, start: 0, origin }
     }
 
-    /// The hash of the file it was first read from; `None` where there was no file. Reads every byte.
-    pub(crate) fn hash(&self) -> Option<String> {
+    /// The hash of the file it was first read from, `None` where there was no file; where it has yet to be computed,
+    /// a placeholder and what it stands for.
+    pub(crate) fn hash(&self, number: usize) -> (Option<String>, Option<Digest>) {
         match self.origin {
-            Some(entry) => entry.hash.clone(),
-            None => self.adapter.source.sha256().map(|h| format!("sha256:{h}")),
+            Some(entry) => (entry.hash.clone(), None),
+            None if !self.adapter.source.is_file() => (None, None),
+            None => {
+                let digest = Digest::new(&self.adapter.source, number);
+                (Some(format!("sha256:{}", digest.placeholder)), Some(digest))
+            }
         }
     }
 

@@ -128,7 +128,7 @@ pub fn convert(
         _ => false,
     };
     let plan = plan(composition, options, folder)?;
-    let layout = Layout::new(&plan.outputs, &plan.metadata);
+    let layout = Layout::of(&plan);
     let mut written: Option<PathBuf> = None;
     let loss = match target {
         Target::Nowhere => Loss::default(),

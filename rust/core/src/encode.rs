@@ -432,7 +432,11 @@ impl<'a> Encoder<'a> {
             used += branches.modules;
             plan.modules += branches.modules;
             plan.outputs = branches.outputs;
-            plan.metadata.extend(branches.draft.map(|d| d.finish(self.ledger.composition.terms())));
+            if let Some(draft) = branches.draft {
+                let (entry, digests) = draft.finish(self.ledger.composition.terms());
+                plan.metadata.push(entry);
+                plan.digests = digests;
+            }
             plan.judge(0, true);
         }
         let mut carried: BTreeMap<usize, usize> = BTreeMap::new();

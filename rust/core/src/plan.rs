@@ -1,5 +1,8 @@
 //! What will be written: tensors under their keys, metadata, and where every input tensor went.
 
+use std::sync::Arc;
+
+use crate::io::Source;
 use crate::report::{AlphaCount, Fidelity, TensorCount, Warning};
 use crate::tensor::Tensor;
 
@@ -25,6 +28,27 @@ pub enum Fate {
     Used,
 }
 
+/// The hash of an input in the metadata, as long as it has not been computed.
+#[derive(Debug, Clone)]
+pub struct Digest {
+    /// What stands in its place: as long as the hash, and nothing else.
+    pub placeholder: String,
+    /// The input.
+    pub source: Arc<Source>,
+}
+
+impl Digest {
+    /// The hash of an input that is a file.
+    pub fn new(source: &Arc<Source>, number: usize) -> Self {
+        Self { placeholder: format!("{:z<64}", format!("sha256-of-input-{number}-")), source: Arc::clone(source) }
+    }
+
+    /// The hash. Reads every byte of the input.
+    pub fn compute(&self) -> String {
+        self.source.sha256().unwrap_or_default()
+    }
+}
+
 /// A conversion that has been decided but not computed.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -32,6 +56,8 @@ pub struct Plan {
     pub outputs: Vec<Output>,
     /// The header's metadata.
     pub metadata: Vec<(String, String)>,
+    /// Hashes of inputs that the metadata tells: they are computed while the tensors are written.
+    pub digests: Vec<Digest>,
     /// A file to write beside the tensors (`adapter_config.json`), as name and text.
     pub sidecar: Option<(String, String)>,
     /// The fate of every input tensor.
@@ -55,6 +81,7 @@ impl Plan {
             modules: 0,
             outputs,
             metadata,
+            digests: Vec::new(),
             sidecar: None,
             fates: Vec::new(),
             alpha: AlphaCount::default(),
@@ -88,6 +115,16 @@ impl Plan {
             dropped: of(Fate::Dropped),
             unknown: of(Fate::Unknown),
         }
+    }
+
+    /// The metadata with its hashes. Reads every byte of the inputs that it has hashes of.
+    pub fn full_metadata(&self) -> Vec<(String, String)> {
+        let mut metadata = self.metadata.clone();
+        for digest in &self.digests {
+            let hash = digest.compute();
+            metadata.iter_mut().for_each(|(_, v)| *v = v.replace(&digest.placeholder, &hash));
+        }
+        metadata
     }
 
     /// The tensor of that key.

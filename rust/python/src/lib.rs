@@ -208,7 +208,7 @@ impl Adapter {
             let composition = Composition::of(adapter);
             let inner = convert::plan(&composition, &options, false)?;
             let dialect = &adapter.registry.dialects[adapter.registry.dialect(&options.to)?].name;
-            let bytes = Layout::new(&inner.outputs, &inner.metadata).len();
+            let bytes = Layout::of(&inner).len();
             let report = convert::report(&composition, &inner, dialect, bytes);
             Ok(Plan { inner, report: Some(to_json(&report)) })
         })
@@ -261,7 +261,7 @@ impl Plan {
 
     /// The metadata of the file to be.
     fn metadata(&self) -> Vec<(String, String)> {
-        self.inner.metadata.clone()
+        self.inner.full_metadata()
     }
 
     /// The report as JSON, if this is a conversion.

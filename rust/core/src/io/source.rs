@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use sha2::{Digest, Sha256};
 
@@ -23,6 +24,7 @@ pub struct Source {
     path: PathBuf,
     backing: Backing,
     header: Header,
+    sha256: OnceLock<Option<String>>,
 }
 
 impl std::fmt::Debug for Source {
@@ -66,7 +68,7 @@ impl Source {
     /// Reads a file that is already in memory; `path` is what messages call it.
     pub fn from_bytes(path: &Path, bytes: Bytes) -> Result<Self> {
         let header = parse((*bytes).as_ref()).map_err(|e| e.at(path))?;
-        Ok(Self { path: path.to_path_buf(), backing: Backing::Whole(bytes), header })
+        Ok(Self { path: path.to_path_buf(), backing: Backing::Whole(bytes), header, sha256: OnceLock::new() })
     }
 
     /// Tensors that live in memory, as `(info, bytes)`; the ranges of the infos are ignored.
@@ -92,6 +94,7 @@ impl Source {
             path: path.to_path_buf(),
             backing: Backing::Parts(parts),
             header: Header { metadata, tensors: infos },
+            sha256: OnceLock::new(),
         })
     }
 
@@ -143,14 +146,20 @@ impl Source {
             && (0..self.header.tensors.len()).all(|i| self.bytes(i) == other.bytes(i))
     }
 
-    /// The SHA-256 of the file in lower-case hexadecimal; `None` where there is no file. Reads every byte.
+    /// The SHA-256 of the file in lower-case hexadecimal; `None` where there is no file. Reads every byte, once.
     pub fn sha256(&self) -> Option<String> {
-        match &self.backing {
+        let compute = || match &self.backing {
             Backing::Whole(bytes) => {
                 let digest = Sha256::digest((**bytes).as_ref());
                 Some(digest.iter().map(|b| format!("{b:02x}")).collect())
             }
             Backing::Parts(_) => None,
-        }
+        };
+        self.sha256.get_or_init(compute).clone()
+    }
+
+    /// Whether [`Source::sha256`] gives a hash.
+    pub fn is_file(&self) -> bool {
+        matches!(self.backing, Backing::Whole(_))
     }
 }

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use crate::cast::Loss;
 use crate::error::{Code, Error, Result};
-use crate::plan::Output;
+use crate::plan::{Digest, Output, Plan};
 
 /// Bytes computed and written at a time by one thread. Fits the second-level cache and keeps private memory small.
 const TILE: usize = 512 * 1024;
@@ -65,6 +65,8 @@ pub struct WriteOptions {
 /// The header of a file to be, and where each tensor goes.
 pub struct Layout<'a> {
     header: Vec<u8>,
+    /// Hashes that the header still lacks, with where they go.
+    digests: Vec<(usize, &'a Digest)>,
     /// Tensors in file order with their start, counted from the start of the file.
     tensors: Vec<(&'a Output, usize)>,
     len: usize,
@@ -101,7 +103,28 @@ impl<'a> Layout<'a> {
             *start += header.len();
         }
         let len = at + header.len();
-        Self { header, tensors, len }
+        Self { header, digests: Vec::new(), tensors, len }
+    }
+
+    /// The file of a plan.
+    pub fn of(plan: &'a Plan) -> Self {
+        let mut layout = Self::new(&plan.outputs, &plan.metadata);
+        for digest in &plan.digests {
+            let wanted = digest.placeholder.as_bytes();
+            let found = layout.header.windows(wanted.len()).position(|w| w == wanted);
+            layout.digests.extend(found.map(|at| (at, digest)));
+        }
+        layout
+    }
+
+    /// The header with its hashes. Reads every byte of the inputs that it has hashes of.
+    fn full_header(&self) -> Vec<u8> {
+        let mut header = self.header.clone();
+        let hashes: Vec<String> = self.digests.par_iter().map(|(_, d)| d.compute()).collect();
+        for ((at, digest), hash) in self.digests.iter().zip(hashes) {
+            header[*at..at + digest.placeholder.len()].copy_from_slice(hash.as_bytes());
+        }
+        header
     }
 
     /// Bytes of the whole file.
@@ -204,8 +227,11 @@ impl Pending {
         let file = temp.as_file();
         let fail = |e| Error::io(path, "write the file", e);
         file.set_len(layout.len as u64).map_err(fail)?;
-        write_at(file, &layout.header, 0).map_err(fail)?;
-        let loss = each_tile(layout, control, |at, bytes| write_at(file, bytes, at as u64).map_err(fail))?;
+        let body = || each_tile(layout, control, |at, bytes| write_at(file, bytes, at as u64).map_err(fail));
+        // Hashing reads all of the inputs, and so does writing: both at once.
+        let (header, loss) = rayon::join(|| layout.full_header(), body);
+        let loss = loss?;
+        write_at(file, &header, 0).map_err(fail)?;
         file.sync_all().map_err(fail)?;
         control.check()?;
         Ok((Self { temp, path: path.to_path_buf() }, loss))
@@ -240,7 +266,7 @@ pub fn write_file(path: &Path, layout: &Layout<'_>, options: WriteOptions, contr
 pub fn write_to(out: &mut dyn Write, layout: &Layout<'_>, control: &Control) -> Result<Loss> {
     let fail = |e| Error::io(Path::new("-"), "write the output", e);
     control.expect(layout.len);
-    out.write_all(&layout.header).map_err(fail)?;
+    out.write_all(&layout.full_header()).map_err(fail)?;
     let (mut buffer, mut loss) = (Vec::new(), Loss::default());
     for tile in layout.tiles() {
         control.check()?;

@@ -3,8 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::base::{Base, BaseLayer, Precision, Smoothing};
 use super::manifest::{BaseEntry, Entry, KEY, Manifest, compress};
 use super::pack::{Side, TILE, pack};
@@ -15,7 +13,7 @@ use crate::dtype::Dtype;
 use crate::encode::{MAX_RANK, Member};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Refusal, Slot};
-use crate::plan::{Fate, Output};
+use crate::plan::{Digest, Fate, Output};
 use crate::report::Warning;
 use crate::table::{Component, Layer, Native, Op};
 use crate::tensor::Tensor;
@@ -522,9 +520,9 @@ impl Draft {
         }
     }
 
-    /// The entry. Reads every byte of the inputs, for their hashes.
-    pub(crate) fn finish(self, terms: &[Term<'_>]) -> (String, String) {
-        let hashes: Vec<Option<String>> = terms.par_iter().map(Term::hash).collect();
+    /// The entry, and the hashes that it still lacks.
+    pub(crate) fn finish(self, terms: &[Term<'_>]) -> ((String, String), Vec<Digest>) {
+        let (hashes, digests): (Vec<_>, Vec<_>) = terms.iter().enumerate().map(|(n, t)| t.hash(n)).unzip();
         let entry = |(((term, hash), ranks), vectors): (((&Term<'_>, Option<String>), _), BTreeSet<String>)| Entry {
             name: term.name.clone(),
             hash,
@@ -534,7 +532,8 @@ impl Draft {
         };
         let entries = terms.iter().zip(hashes).zip(self.ranks).zip(self.vectors).map(entry).collect();
         let manifest = Manifest::new(self.base, self.layout, entries);
-        (KEY.to_owned(), serde_json::to_string(&manifest).unwrap_or_default())
+        let entry = (KEY.to_owned(), serde_json::to_string(&manifest).unwrap_or_default());
+        (entry, digests.into_iter().flatten().collect())
     }
 }
 
