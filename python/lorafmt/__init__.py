@@ -12,7 +12,20 @@ if TYPE_CHECKING:
     from . import exceptions, torch
     from ._lorafmt import __version__
     from .adapter import Adapter, Module
-    from .api import check, convert, convert_state_dict, detect, diff, inspect, open, register_table
+    from .api import (
+        check,
+        compose,
+        convert,
+        convert_state_dict,
+        detect,
+        diff,
+        inspect,
+        open,
+        register_table,
+        scale,
+        split,
+    )
+    from .base import Base
     from .exceptions import (
         FileError,
         FormatError,
@@ -29,6 +42,7 @@ _HOME = {
     "__version__": "_lorafmt",
     "Adapter": "adapter",
     "AdapterInfo": "reports",
+    "Base": "base",
     "CheckReport": "reports",
     "Detection": "reports",
     "DiffReport": "reports",
@@ -43,6 +57,7 @@ _HOME = {
     "UsageError": "exceptions",
     "Warning": "reports",
     "check": "api",
+    "compose": "api",
     "convert": "api",
     "convert_state_dict": "api",
     "detect": "api",
@@ -50,11 +65,14 @@ _HOME = {
     "inspect": "api",
     "open": "api",
     "register_table": "api",
+    "scale": "api",
+    "split": "api",
 }
 
 __all__ = [
     "Adapter",
     "AdapterInfo",
+    "Base",
     "CheckReport",
     "Detection",
     "DiffReport",
@@ -70,6 +88,7 @@ __all__ = [
     "Warning",
     "__version__",
     "check",
+    "compose",
     "convert",
     "convert_state_dict",
     "detect",
@@ -78,6 +97,8 @@ __all__ = [
     "inspect",
     "open",
     "register_table",
+    "scale",
+    "split",
     "torch",
 ]
 

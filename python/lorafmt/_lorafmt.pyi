@@ -5,9 +5,10 @@ The native part of lorafmt. Private: the package's own modules are the interface
 
 from _typeshed import SupportsGetItem
 from os import PathLike
+from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Adapter", "Plan", "check", "diff", "error_codes", "formats", "register_table", "run"]
+__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "components", "converted", "diff", "error_codes", "formats", "native_dialect", "plan", "register_table", "run", "write"]
 
 __version__: Final[str]
 
@@ -20,17 +21,13 @@ class Adapter:
         """
         Checks structure, pairs, shapes, names and values; JSON.
         """
-    def convert(self, /, path: str | PathLike[str], options: str, overwrite: bool, progress: Any | None = None) -> str:
-        """
-        Converts into a file and returns the report as JSON. `progress(done, total)` is called now and then.
-        """
-    def converted(self, /, options: str, progress: Any | None = None) -> tuple[Adapter, str]:
-        """
-        The adapter that a conversion makes, computed into memory, and the report as JSON.
-        """
     def delta_into(self, /, name: str, strength: SupportsFloat | SupportsIndex, buffer: tuple[SupportsIndex, SupportsIndex, Any]) -> None:
         """
         Computes the delta of a module, times `strength`, into a float32 or float64 buffer of its shape.
+        """
+    def disassemble(self, /, base: Base | None = None) -> tuple[list[tuple[str, Adapter]], Base, str]:
+        """
+        The adapters inside a native file with their names, the base whose branches they continue, and the layout.
         """
     def ensure_sound(self, /) -> None:
         """
@@ -49,13 +46,29 @@ class Adapter:
         Names of its modules with their component, in order.
         """
     @staticmethod
-    def open(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}") -> Adapter:
+    def open(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}", base: Base | None = None) -> Adapter:
         """
-        Reads an adapter. Problems are kept; they are raised by whatever needs a sound one.
+        Reads an adapter; `base` is taken off a native one. Problems are kept; they are raised by whatever needs a sound
+        one.
         """
-    def plan(self, /, options: str) -> Plan:
+
+@final
+class Base:
+    """
+    An opened base checkpoint: its header, and views of its branches.
+    """
+    def facts(self, /) -> tuple[str, str, str | None, int, int]:
         """
-        Decides a conversion; nothing is computed yet.
+        Family, fingerprint, precision, rank of most branches, and number of layers.
+        """
+    @staticmethod
+    def open(path: str | PathLike[str]) -> Base:
+        """
+        Opens a checkpoint.
+        """
+    def path(self, /) -> Path:
+        """
+        The file.
         """
 
 @final
@@ -94,6 +107,16 @@ def check(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple
     Checks structure, pairs, shapes, names and values; JSON.
     """
 
+def components() -> list[str]:
+    """
+    Names of the components of all families.
+    """
+
+def converted(terms: SupportsGetItem[int, tuple[Adapter, str | None]], options: str, base: Base | None = None, progress: Any | None = None) -> tuple[Adapter, str]:
+    """
+    The adapter that is made, computed into memory, and the report as JSON.
+    """
+
 def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex) -> str:
     """
     Compares two adapters by their deltas; JSON.
@@ -109,6 +132,16 @@ def formats() -> tuple[list[tuple[str, bool]], list[str]]:
     Names of dialects (with whether each is written) and of families.
     """
 
+def native_dialect() -> str | None:
+    """
+    The dialect of branches behind a quantized base.
+    """
+
+def plan(terms: SupportsGetItem[int, tuple[Adapter, str | None]], options: str, base: Base | None = None, describe: bool = True) -> Plan:
+    """
+    Decides what will be written; nothing is computed yet. Without `describe` no input is hashed for the metadata.
+    """
+
 def register_table(text: str) -> None:
     """
     Adds a table (TOML text) for this process; an equal name replaces.
@@ -117,4 +150,9 @@ def register_table(text: str) -> None:
 def run(args: SupportsGetItem[int, str]) -> int:
     """
     Runs the command line and returns the exit code.
+    """
+
+def write(terms: SupportsGetItem[int, tuple[Adapter, str | None]], path: str | PathLike[str], options: str, overwrite: bool, base: Base | None = None, progress: Any | None = None) -> str:
+    """
+    Writes a file and returns the report as JSON. `progress(done, total)` is called now and then.
     """

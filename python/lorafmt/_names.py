@@ -34,6 +34,10 @@ Dialect: TypeAlias = (
         "lycoris",
         "lycoris-wrapper",
         "simpletuner",
+        "nunchaku",
+        "native",
+        "svdq",
+        "nunchaku-native",
     ]
 )
 

@@ -110,12 +110,20 @@ def fill_numpy(plan: _lorafmt.Plan) -> dict[str, Any]:
     return arrays
 
 
-def fill_torch(plan: _lorafmt.Plan, device: Any = "cpu") -> dict[str, Any]:
-    """Computes a plan into new torch tensors and moves them to ``device``."""
+def fill_torch(plan: _lorafmt.Plan, device: Any = "cpu", out: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Computes a plan into new torch tensors, or those of ``out`` that fit, and moves them to ``device``."""
     import torch
 
     names = {v: k for k, v in NUMPY_TO_SAFETENSORS.items()}
-    tensors = {key: torch.empty(shape, dtype=getattr(torch, names[dtype])) for key, dtype, shape in plan.tensors()}
+
+    def place(key: str, dtype: str, shape: list[int]) -> Any:
+        wanted = getattr(torch, names[dtype])
+        have = None if out is None else out.get(key)
+        if have is not None and have.dtype == wanted and list(have.shape) == shape and have.device.type == "cpu":
+            return have.contiguous()
+        return torch.empty(shape, dtype=wanted)
+
+    tensors = {key: place(key, dtype, shape) for key, dtype, shape in plan.tensors()}
     plan.fill([(t.data_ptr(), t.numel() * t.element_size(), t) for t in tensors.values()])
     if str(device) == "cpu":
         return tensors

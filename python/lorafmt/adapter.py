@@ -14,6 +14,9 @@ from .exceptions import UnsupportedError
 if TYPE_CHECKING:
     import numpy as np
 
+    from .api import Layout, Strength
+    from .base import BaseLike
+
 
 class Module:
     """One adapted layer under its canonical (diffusers) path."""
@@ -92,8 +95,10 @@ class Adapter(Mapping[str, Module]):
         options: dict[str, Any],
         framework: str | None,
         report: reports.Report | None = None,
+        base: _lorafmt.Base | None = None,
     ) -> None:
         self._native = native
+        self._base = base
         self._report = report
         self._options = options
         self._framework = framework
@@ -180,7 +185,7 @@ class Adapter(Mapping[str, Module]):
         return json.dumps({**self._options, "to": dialect or own})
 
     def _plan(self, dialect: str | None) -> _lorafmt.Plan:
-        return self._native.plan(self._with_target(dialect))
+        return _lorafmt.plan([(self._native, None)], self._with_target(dialect), self._base)
 
     def to_numpy(self, dialect: str | None = None) -> dict[str, np.ndarray]:
         """The tensors as new numpy arrays, keyed as ``dialect`` spells them.
@@ -202,6 +207,24 @@ class Adapter(Mapping[str, Module]):
         framework = framework or self._framework or _installed()
         return self.to_torch(dialect=dialect) if framework == "torch" else self.to_numpy(dialect)
 
+    def to_nunchaku(
+        self,
+        base: BaseLike,
+        *,
+        strength: Strength = 1.0,
+        layout: Layout = "aligned",
+        device: Any = "cpu",
+        out: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The adapter behind the branches of ``base`` as torch tensors, for ``transformer.update_lora_params(dict)``.
+
+        No file is written. Keep a :class:`lorafmt.Base` for several adapters; see :meth:`lorafmt.Base.to_torch`.
+        """
+        from .base import Base
+
+        opened = base if isinstance(base, Base) else Base.open(base)
+        return opened.to_torch((self, strength), layout=layout, device=device, out=out)
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -210,7 +233,10 @@ class Adapter(Mapping[str, Module]):
         overwrite: bool = False,
     ) -> reports.Report:
         """Writes a file, atomically. Raises OutputExistsError unless ``overwrite`` is given."""
-        return reports._report(self._native.convert(os.fspath(path), self._with_target(dialect), overwrite))
+        terms = [(self._native, None)]
+        return reports._report(
+            _lorafmt.write(terms, os.fspath(path), self._with_target(dialect), overwrite, self._base)
+        )
 
     def __repr__(self) -> str:
         info = self.info

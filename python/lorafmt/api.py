@@ -5,35 +5,57 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias, overload
 
 from . import _lorafmt, reports
-from ._names import Dialect, Dtype, Family, Lossy, Unknown
+from ._names import COMPONENTS, Dialect, Dtype, Family, Lossy, Unknown
 from ._sources import fill_numpy, fill_torch, framework_of, native_source, usage_error
 from .adapter import Adapter
+from .base import BaseLike, native_base
+
+Layout: TypeAlias = Literal["aligned", "packed"]
+Precision: TypeAlias = Literal["int4", "fp4"]
 
 #: A path, the bytes of a file, a dict of torch or numpy tensors, or an adapter.
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Adapter"
+
+#: What :func:`compose` takes: sources, or pairs of a source and its strength.
+Loras: TypeAlias = "Iterable[Source | tuple[Source, Strength]]"
 
 #: Called now and then with bytes written and bytes to write.
 Progress: TypeAlias = Callable[[int, int], object]
 
 
-def _native(src: Source, family: str | None, from_: str | None) -> _lorafmt.Adapter:
+#: How strongly an adapter counts: a number, or numbers by place. Of a mapping, the key ``"*"`` is for everything (1
+#: without it), ``"text_encoders"`` for all components but the main one, a component's name (``"transformer"``,
+#: ``"text_encoder"``) for that component; every other key is a selector of modules (``"transformer_blocks.0-9"``,
+#: ``"**.attn"``) whose factor is multiplied with those.
+Strength: TypeAlias = "float | Mapping[str, float]"
+
+
+def _native(src: Source, family: str | None, from_: str | None, base: BaseLike | None = None) -> _lorafmt.Adapter:
     if isinstance(src, Adapter):
         return src._native
-    return _lorafmt.Adapter.open(native_source(src), json.dumps({"family": family, "from": from_}))
+    return _lorafmt.Adapter.open(native_source(src), json.dumps({"family": family, "from": from_}), native_base(base))
 
 
-def open(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> Adapter:
+def open(
+    src: Source,
+    *,
+    family: Family | None = None,
+    from_: Dialect | None = None,
+    base: BaseLike | None = None,
+) -> Adapter:
     """Opens an adapter without reading more than its header. Tensors are never copied until they are asked for.
+
+    ``base`` is the quantized checkpoint of a native adapter: its own branches are taken off.
 
     Raises:
         FormatError: for files that are damaged, of an unknown family, or hold half modules.
         FileNotFoundError: if there is no such file.
     """
-    native = _native(src, family, from_)
+    native = _native(src, family, from_, base)
     native.ensure_sound()
     return Adapter(native, options={"from": from_, "family": family}, framework=framework_of(src))
 
@@ -166,14 +188,19 @@ def convert_state_dict(
     to: Dialect = "diffusers",
     from_: Dialect | None = None,
     family: Family | None = None,
+    base: BaseLike | None = None,
     dtype: Dtype = "keep",
     strength: float = 1.0,
     unknown: Unknown = "error",
     lossy: Lossy = "error",
+    layout: Layout = "aligned",
+    max_rank: int | None = None,
+    widen: int | None = None,
 ) -> dict[str, Any]:
     """Converts a dict of torch or numpy tensors into a new dict; tensors keep their framework and device."""
-    options = _options(to, from_, family, dtype, strength, unknown, lossy)
-    plan = _native(state_dict, family, from_).plan(options)
+    options = _options(to, from_, family, dtype, strength, unknown, lossy, layout, None, max_rank, widen)
+    terms = [(_native(state_dict, family, from_, base), None)]
+    plan = _lorafmt.plan(terms, options, native_base(base), False)
     if framework_of(state_dict) != "torch":
         return fill_numpy(plan)
     return fill_torch(plan, next(iter(state_dict.values())).device)

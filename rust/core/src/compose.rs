@@ -107,6 +107,7 @@ impl<'a> Composition<'a> {
         let family = &first.adapter.family_table().name;
         for term in &terms {
             term.strength.check().map_err(|e| e.at(term.adapter.source.path()))?;
+            check_components(term)?;
             let other = &term.adapter.family_table().name;
             if family != other {
                 let message = format!("it is {other}, but `{}` is {family}", first.adapter.source.path().display());
@@ -170,6 +171,18 @@ impl<'a> Composition<'a> {
             }
         }
         None
+    }
+}
+
+/// A component that the family does not have is a mistake: its strength would count nowhere.
+fn check_components(term: &Term<'_>) -> Result<()> {
+    let known: Vec<&str> = term.adapter.family_table().components.iter().map(|c| c.name.as_str()).collect();
+    match term.strength.components.keys().find(|name| !known.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(name) => {
+            let message = format!("{} has no component `{name}`", term.adapter.family_table().name);
+            Err(Error::new(Code::InvalidArgument, message).hint(format!("components: {}", known.join(", "))))
+        }
     }
 }
 

@@ -84,6 +84,37 @@ impl Strength {
         }
     }
 
+    /// The strength that [`Strength::to_json`] wrote: a number, or an object with the keys of a recipe.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        let bad = |what: &str| {
+            let hint =
+                "a strength is a number, or numbers by place: strength, text_encoder_strength, components, blocks";
+            Error::new(Code::InvalidArgument, what).hint(hint)
+        };
+        let number = |name: &str, v: &Value| v.as_f64().ok_or_else(|| bad(&format!("`{name}` of a strength is {v}")));
+        let Value::Object(object) = json else { return number("strength", json).map(Self::uniform) };
+        let mut out = Self::default();
+        for (key, value) in object {
+            let parts = || value.as_object().ok_or_else(|| bad(&format!("`{key}` of a strength is {value}")));
+            match key.as_str() {
+                "strength" => out.all = number(key, value)?,
+                "text_encoder_strength" => out.text_encoders = Some(number(key, value)?),
+                "components" => {
+                    for (name, value) in parts()? {
+                        out.components.insert(name.clone(), number(name, value)?);
+                    }
+                }
+                "blocks" => {
+                    for (name, value) in parts()? {
+                        out.blocks.push((Selector::parse(name)?, number(name, value)?));
+                    }
+                }
+                _ => return Err(bad(&format!("a strength has no `{key}`"))),
+            }
+        }
+        Ok(out)
+    }
+
     /// One number if it is the same everywhere, else the keys of a recipe.
     pub fn to_json(&self) -> Value {
         if let Some(number) = self.everywhere() {

@@ -1,28 +1,34 @@
 //! `lorafmt._lorafmt`: argument conversion and nothing else. Reports cross the border as the JSON of the public contract,
 //! so Python and the command line cannot drift apart.
 
+mod base;
+mod compose;
 mod enter;
+mod options;
 mod source;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use lorafmt_core::adapter::{Adapter as CoreAdapter, ModuleKey, Placed};
 use lorafmt_core::check::check as core_check;
-use lorafmt_core::compose::{Composition, Unknown};
-use lorafmt_core::convert::{self, ConvertOptions, Target};
+use lorafmt_core::compose::Term;
+use lorafmt_core::convert;
 use lorafmt_core::decode::decode_lenient;
 use lorafmt_core::detect::Given;
-use lorafmt_core::dtype::Dtype;
 use lorafmt_core::error::{Code, Error, Result};
-use lorafmt_core::io::{Layout, Source, WriteOptions, write_file};
+use lorafmt_core::io::{Layout, WriteOptions, write_file};
+use lorafmt_core::native::disassemble;
 use lorafmt_core::plan::{Output, Plan as CorePlan};
+use lorafmt_core::strength::Strength;
 use lorafmt_core::table::Registry;
 use lorafmt_core::tensor::Tensor;
 use lorafmt_core::{inspect as core_inspect, ops};
 use pyo3::prelude::*;
 use serde_json::Value;
 
+use base::Base;
+use compose::{converted, plan, write};
 use enter::enter;
 use source::{Buffer, SourceArgument, fill};
 
@@ -51,41 +57,6 @@ fn register_table(py: Python<'_>, text: String) -> PyResult<()> {
 
 fn to_json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"))
-}
-
-/// Options of a conversion, from the keyword arguments that Python collected as JSON.
-fn options(json: &str) -> Result<ConvertOptions> {
-    let bad = |what: String| Error::new(Code::InvalidArgument, what);
-    let value: Value = serde_json::from_str(json).map_err(|e| bad(e.to_string()))?;
-    let text = |name: &str| value.get(name).and_then(Value::as_str).map(str::to_owned);
-    let word = |name: &str, choices: &[&str]| -> Result<String> {
-        let have = text(name).unwrap_or_else(|| choices[0].to_owned());
-        if choices.contains(&have.as_str()) {
-            return Ok(have);
-        }
-        Err(bad(format!("`{name}` is `{have}`")).hint(format!("one of: {}", choices.join(", "))))
-    };
-    Ok(ConvertOptions {
-        to: text("to").unwrap_or_default(),
-        from: text("from"),
-        family: text("family"),
-        dtype: match word("dtype", &["keep", "bf16", "fp16", "fp32"])?.as_str() {
-            "bf16" => Some(Dtype::BF16),
-            "fp16" => Some(Dtype::F16),
-            "fp32" => Some(Dtype::F32),
-            _ => None,
-        },
-        strength: value.get("strength").and_then(Value::as_f64).unwrap_or(1.0),
-        unknown: match word("unknown", &["error", "drop", "keep"])?.as_str() {
-            "drop" => Unknown::Drop,
-            "keep" => Unknown::Keep,
-            _ => Unknown::Error,
-        },
-        lossy: word("lossy", &["error", "allow"])? == "allow",
-        max_rank: None,
-        width: None,
-        native: None,
-    })
 }
 
 /// An adapter that has been read; its tensors stay where they are.
@@ -118,17 +89,38 @@ impl Adapter {
 
 #[pymethods]
 impl Adapter {
-    /// Reads an adapter. Problems are kept; they are raised by whatever needs a sound one.
+    /// Reads an adapter; `base` is taken off a native one. Problems are kept; they are raised by whatever needs a sound
+    /// one.
     #[staticmethod]
-    #[pyo3(signature = (source, options="{}"))]
-    fn open(py: Python<'_>, source: SourceArgument<'_>, options: &str) -> PyResult<Self> {
+    #[pyo3(signature = (source, options="{}", base=None))]
+    fn open(py: Python<'_>, source: SourceArgument<'_>, options: &str, base: Option<Py<Base>>) -> PyResult<Self> {
         let source = source.prepare()?;
-        let options = self::options(options);
+        let options = options::parse(options);
         enter(py, None, |_| {
             let (registry, options) = (registry(), options?);
             let given = convert::given(&registry, options.family.as_deref(), options.from.as_deref())?;
+            let given = Given { base: base.map(|b| Arc::clone(&b.get().inner)), ..given };
             let (inner, problems) = decode_lenient(&registry, &Arc::new(source.open()?), &given)?;
             Ok(Self { inner, problems })
+        })
+    }
+
+    /// The adapters inside a native file with their names, the base whose branches they continue, and the layout.
+    #[pyo3(signature = (base=None))]
+    fn disassemble(
+        &self,
+        py: Python<'_>,
+        base: Option<Py<Base>>,
+    ) -> PyResult<(Vec<(String, Self)>, Base, &'static str)> {
+        enter(py, None, |_| {
+            let base = base.map(|b| Arc::clone(&b.get().inner));
+            let apart = disassemble(&self.inner.registry, &self.inner.source, base)?;
+            let named = |inner: CoreAdapter| {
+                let name = Term::new(&inner, Strength::uniform(1.0)).name;
+                (name, Self { inner, problems: Vec::new() })
+            };
+            let adapters = apart.adapters.into_iter().map(named).collect();
+            Ok((adapters, Base { inner: apart.base }, apart.layout.name()))
         })
     }
 
@@ -181,53 +173,6 @@ impl Adapter {
         enter(py, None, |_| {
             let given = Given { family: Some(self.inner.family), ..Given::default() };
             core_check(&self.inner.registry, &self.inner.source, &given).map(|report| to_json(&report))
-        })
-    }
-
-    /// The adapter that a conversion makes, computed into memory, and the report as JSON.
-    #[pyo3(signature = (options, progress=None))]
-    fn converted(&self, py: Python<'_>, options: &str, progress: Option<Py<PyAny>>) -> PyResult<(Self, String)> {
-        let options = self::options(options);
-        enter(py, progress.as_ref(), |control| {
-            let (adapter, options) = (self.sound()?, options?);
-            let mut bytes = Vec::new();
-            let report = convert::convert(&Composition::of(adapter), &options, Target::Stream(&mut bytes), control)?;
-            // A name of its own: beside the input's there may be a configuration, which has been applied by now.
-            let source = Source::from_bytes(Path::new("<converted>"), Box::new(bytes))?;
-            let given = Given { family: Some(adapter.family), ..Given::default() };
-            let (inner, problems) = decode_lenient(&adapter.registry, &Arc::new(source), &given)?;
-            Ok((Self { inner, problems }, to_json(&report)))
-        })
-    }
-
-    /// Decides a conversion; nothing is computed yet.
-    fn plan(&self, py: Python<'_>, options: &str) -> PyResult<Plan> {
-        let options = self::options(options);
-        enter(py, None, |_| {
-            let (adapter, options) = (self.sound()?, options?);
-            let composition = Composition::of(adapter);
-            let inner = convert::plan(&composition, &options, false)?;
-            let dialect = &adapter.registry.dialects[adapter.registry.dialect(&options.to)?].name;
-            let bytes = Layout::of(&inner).len();
-            let report = convert::report(&composition, &inner, dialect, bytes);
-            Ok(Plan { inner, report: Some(to_json(&report)) })
-        })
-    }
-
-    /// Converts into a file and returns the report as JSON. `progress(done, total)` is called now and then.
-    #[pyo3(signature = (path, options, overwrite, progress=None))]
-    fn convert(
-        &self,
-        py: Python<'_>,
-        path: PathBuf,
-        options: &str,
-        overwrite: bool,
-        progress: Option<Py<PyAny>>,
-    ) -> PyResult<String> {
-        let options = self::options(options);
-        enter(py, progress.as_ref(), |control| {
-            let target = Target::File(&path, WriteOptions { overwrite });
-            convert::convert(&Composition::of(self.sound()?), &options?, target, control).map(|report| to_json(&report))
         })
     }
 }
@@ -288,7 +233,7 @@ impl Plan {
 #[pyo3(signature = (source, options="{}"))]
 fn check(py: Python<'_>, source: SourceArgument<'_>, options: &str) -> PyResult<String> {
     let source = source.prepare()?;
-    let options = self::options(options);
+    let options = options::parse(options);
     enter(py, None, |_| {
         let (registry, options) = (registry(), options?);
         let given = convert::given(&registry, options.family.as_deref(), options.from.as_deref())?;
@@ -310,6 +255,22 @@ fn formats() -> (Vec<(String, bool)>, Vec<String>) {
     (dialects, registry.families.iter().map(|f| f.name.clone()).collect())
 }
 
+/// Names of the components of all families.
+#[pyfunction]
+fn components() -> Vec<String> {
+    let registry = registry();
+    let mut names: Vec<String> = registry.families.iter().flat_map(|f| &f.components).map(|c| c.name.clone()).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// The dialect of branches behind a quantized base.
+#[pyfunction]
+fn native_dialect() -> Option<String> {
+    registry().dialects.iter().find(|d| !d.natives.is_empty()).map(|d| d.name.clone())
+}
+
 /// Every error code.
 #[pyfunction]
 fn error_codes() -> Vec<&'static str> {
@@ -327,7 +288,10 @@ fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
 mod _lorafmt {
 
     #[pymodule_export]
-    use super::{Adapter, Plan, check, diff, error_codes, formats, register_table, run};
+    use super::{
+        Adapter, Base, Plan, check, components, converted, diff, error_codes, formats, native_dialect, plan,
+        register_table, run, write,
+    };
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
