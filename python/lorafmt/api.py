@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, overload
 
 from . import _lorafmt, reports
-from ._names import COMPONENTS, Dialect, Dtype, Family, Lossy, Unknown
+from ._names import Dialect, Dtype, Family, Lossy, Unknown
 from ._sources import fill_numpy, fill_torch, framework_of, native_source, usage_error
 from .adapter import Adapter
 from .base import BaseLike, native_base
@@ -23,6 +23,9 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Adapte
 #: What :func:`compose` takes: sources, or pairs of a source and its strength.
 Loras: TypeAlias = "Iterable[Source | tuple[Source, Strength]]"
 
+#: Adapters with the JSON of their strengths, as the native module takes them.
+Terms: TypeAlias = "list[tuple[_lorafmt.Adapter, str | None]]"
+
 #: Called now and then with bytes written and bytes to write.
 Progress: TypeAlias = Callable[[int, int], object]
 
@@ -34,7 +37,9 @@ Progress: TypeAlias = Callable[[int, int], object]
 Strength: TypeAlias = "float | Mapping[str, float]"
 
 
-def _native(src: Source, family: str | None, from_: str | None, base: BaseLike | None = None) -> _lorafmt.Adapter:
+def _native(
+    src: Any, family: str | None, from_: str | None, base: BaseLike | _lorafmt.Base | None = None
+) -> _lorafmt.Adapter:
     if isinstance(src, Adapter):
         return src._native
     return _lorafmt.Adapter.open(native_source(src), json.dumps({"family": family, "from": from_}), native_base(base))
@@ -90,10 +95,15 @@ def convert(
     to: Dialect = "diffusers",
     from_: Dialect | None = None,
     family: Family | None = None,
+    base: BaseLike | None = None,
     dtype: Dtype = "keep",
     strength: float = 1.0,
     unknown: Unknown = "error",
     lossy: Lossy = "error",
+    layout: Layout = "aligned",
+    precision: Precision | None = None,
+    max_rank: int | None = None,
+    widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Adapter: ...
@@ -107,10 +117,15 @@ def convert(
     to: Dialect = "diffusers",
     from_: Dialect | None = None,
     family: Family | None = None,
+    base: BaseLike | None = None,
     dtype: Dtype = "keep",
     strength: float = 1.0,
     unknown: Unknown = "error",
     lossy: Lossy = "error",
+    layout: Layout = "aligned",
+    precision: Precision | None = None,
+    max_rank: int | None = None,
+    widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> reports.Report: ...
@@ -123,10 +138,15 @@ def convert(
     to: Dialect = "diffusers",
     from_: Dialect | None = None,
     family: Family | None = None,
+    base: BaseLike | None = None,
     dtype: Dtype = "keep",
     strength: float = 1.0,
     unknown: Unknown = "error",
     lossy: Lossy = "error",
+    layout: Layout = "aligned",
+    precision: Precision | None = None,
+    max_rank: int | None = None,
+    widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> reports.Report | Adapter:
@@ -139,23 +159,230 @@ def convert(
         to: the dialect to write.
         from_: the dialect that the input is said to be; recognised by its keys otherwise.
         family: the base model's architecture, where keys alone do not tell.
-        dtype: ``keep``, ``bf16``, ``fp16`` or ``fp32``. FP8 factors become bfloat16 under ``keep``, exactly.
+        base: the quantized checkpoint (a path or a :class:`Base`): what a native adapter is written behind, and what
+            is taken off one that is read.
+        dtype: ``keep``, ``bf16``, ``fp16`` or ``fp32``. FP8 factors become bfloat16 under ``keep``, exactly. Branches
+            of a quantized model have the type of the base's own.
         strength: a factor on every delta.
         unknown: what to do with keys no table knows: ``error``, ``drop`` or ``keep``.
         lossy: ``allow`` leaves out what the target cannot hold, and says so in the report.
+        layout: where each adapter's ranks start in a native file: ``aligned`` on multiples of 16, or ``packed``.
+        precision: refuses a base that is quantized to something else (``int4`` or ``fp4``).
+        max_rank: writes LoHa and LoKr as LoRA where that is exact and takes no more ranks.
+        widen: the input width of modules that come in several, filled with zeros (FLUX.1 Control: 128, Fill: 384).
         overwrite: replace an existing output.
         progress: called with bytes done and bytes to do.
 
     Raises:
         LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
     """
-    options = _options(to, from_, family, dtype, strength, unknown, lossy)
-    native = _native(src, family, from_)
+    options = _options(to, from_, family, dtype, strength, unknown, lossy, layout, precision, max_rank, widen)
+    behind = native_base(base)
+    terms: Terms = [(_native(src, family, from_, behind), None)]
+    return _run(terms, dst, options, behind, overwrite, progress, framework_of(src))
+
+
+@overload
+def compose(
+    loras: Loras,
+    dst: None = None,
+    *,
+    to: Dialect = "diffusers",
+    family: Family | None = None,
+    base: BaseLike | None = None,
+    dtype: Dtype = "keep",
+    unknown: Unknown = "error",
+    lossy: Lossy = "error",
+    layout: Layout = "aligned",
+    precision: Precision | None = None,
+    max_rank: int | None = None,
+    widen: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Adapter: ...
+
+
+@overload
+def compose(
+    loras: Loras,
+    dst: str | os.PathLike[str],
+    *,
+    to: Dialect = "diffusers",
+    family: Family | None = None,
+    base: BaseLike | None = None,
+    dtype: Dtype = "keep",
+    unknown: Unknown = "error",
+    lossy: Lossy = "error",
+    layout: Layout = "aligned",
+    precision: Precision | None = None,
+    max_rank: int | None = None,
+    widen: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> reports.Report: ...
+
+
+def compose(
+    loras: Loras,
+    dst: str | os.PathLike[str] | None = None,
+    *,
+    to: Dialect = "diffusers",
+    family: Family | None = None,
+    base: BaseLike | None = None,
+    dtype: Dtype = "keep",
+    unknown: Unknown = "error",
+    lossy: Lossy = "error",
+    layout: Layout = "aligned",
+    precision: Precision | None = None,
+    max_rank: int | None = None,
+    widen: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> reports.Report | Adapter:
+    """Writes several adapters as one: the weighted sum of their deltas, by putting their ranks side by side.
+
+    Args:
+        loras: sources with their strengths, ``[(src, 0.8), ...]``; a bare source has strength 1. A strength is a number
+            or a mapping of numbers by place (see :data:`Strength`). A strength of 0 costs no rank.
+        dst: the file to write; without it the result is an Adapter whose tensors are computed into memory.
+        to, family, base, dtype, unknown, lossy, layout, precision, max_rank, widen, overwrite, progress: as for
+            :func:`convert`. LoHa and LoKr are composed as LoRA if that takes at most ``max_rank`` ranks (128).
+
+    The result is exact: factors are copied, and each number is multiplied and rounded at most once.
+
+    Raises:
+        LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
+    """
+    options = _options(to, None, family, dtype, 1.0, unknown, lossy, layout, precision, max_rank, widen)
+    pairs = [_pair(lora) for lora in loras]
+    behind = native_base(base)
+    terms: Terms = [(_native(src, family, None, behind), json.dumps(_strength(strength))) for src, strength in pairs]
+    frameworks = {framework_of(src) for src, _ in pairs}
+    return _run(terms, dst, options, behind, overwrite, progress, frameworks.pop() if len(frameworks) == 1 else None)
+
+
+def scale(
+    src: Source,
+    dst: str | os.PathLike[str] | None = None,
+    *,
+    strength: Strength = 1.0,
+    loras: Mapping[str, float] | None = None,
+    to: Dialect | None = None,
+    family: Family | None = None,
+    base: BaseLike | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> reports.Report | Adapter:
+    """Multiplies the effect of an adapter, in its own dialect unless ``to`` names another.
+
+    Args:
+        src: as for :func:`convert`.
+        dst: the file to write; without it the result is an Adapter in memory.
+        strength: a factor, or factors by place (see :data:`Strength`).
+        loras: factors of single adapters inside a native file, by their names in its metadata.
+        to, family, overwrite, progress: as for :func:`convert`.
+        base: the quantized checkpoint of a native file that has no metadata.
+
+    Raises:
+        LorafmtError: with ``code``, ``hint``, ``path`` and ``key``.
+    """
+    native = _native(src, family, None)
+    info = reports._info(native.inspect())
+    own = {name for name, writes in _lorafmt.formats()[0] if writes}
+    if to is None and info.dialect not in own:
+        raise usage_error(f"`{info.dialect}` cannot be written", "name a dialect with `to`")
+    factors = {name: _finite(name, factor) for name, factor in (loras or {}).items()}
+    terms: Terms
+    if "native" not in info._document:
+        if factors:
+            raise usage_error("only a native file holds several adapters", "give factors by place in `strength`")
+        native.ensure_sound()
+        terms = [(native, json.dumps(_strength(strength)))]
+        layout, behind = "aligned", native_base(base)
+    else:
+        parts, behind, layout = native.disassemble(native_base(base))
+        unknown = sorted(factors.keys() - {name for name, _ in parts})
+        if unknown:
+            names = ", ".join(name for name, _ in parts)
+            raise usage_error(f"the file holds no adapter called {unknown[0]!r}", f"its adapters: {names}")
+        terms = [(part, json.dumps(_strength(strength, factors.get(name, 1.0)))) for name, part in parts]
+    options = _options(to or info.dialect, None, family, "keep", 1.0, "error", "error", layout, None, None, None)
+    return _run(terms, dst, options, behind, overwrite, progress, framework_of(src))
+
+
+def split(src: Source, *, base: BaseLike | None = None) -> dict[str, Adapter]:
+    """The adapters inside a native file, by their names in its metadata (of equal names the later with a number).
+
+    Nothing is copied.
+
+    Raises:
+        LorafmtError: ``base-needed`` if the file has no metadata and no base is given.
+    """
+    parts, _, _ = _native(src, None, None).disassemble(native_base(base))
+    framework = framework_of(src)
+    out: dict[str, Adapter] = {}
+    for number, (name, part) in enumerate(parts, 1):
+        out[f"{name}-{number}" if name in out else name] = Adapter(part, options={}, framework=framework)
+    return out
+
+
+def _native_plan(loras: Iterable[Any], base: _lorafmt.Base, layout: str) -> _lorafmt.Plan:
+    """What adapters are behind a base, without the metadata of a file."""
+    pairs = [_pair(lora) for lora in loras]
+    terms: Terms = [(_native(src, None, None, base), json.dumps(_strength(strength))) for src, strength in pairs]
+    dialect = _lorafmt.native_dialect() or ""
+    options = _options(dialect, None, None, "keep", 1.0, "error", "error", layout, None, None, None)
+    return _lorafmt.plan(terms, options, base, False)
+
+
+def _pair(lora: Any) -> tuple[Any, Any]:
+    if isinstance(lora, tuple | list):
+        if len(lora) == 2:
+            return lora[0], lora[1]
+        raise usage_error(f"a LoRA to compose has {len(lora)} parts", "pass (source, strength) pairs")
+    return lora, 1.0
+
+
+def _strength(strength: Any, factor: float = 1.0) -> float | dict[str, Any]:
+    """A strength as the native module takes it."""
+    if not isinstance(strength, Mapping):
+        return _finite("strength", strength) * factor
+    places = {name: _finite(f"strength[{name!r}]", value) for name, value in strength.items()}
+    out: dict[str, Any] = {"strength": places.pop("*", 1.0) * factor}
+    if "text_encoders" in places:
+        out["text_encoder_strength"] = places.pop("text_encoders") * factor
+    names = places.keys() & set(_lorafmt.components())
+    out["components"] = {name: places[name] * factor for name in places if name in names}
+    out["blocks"] = {name: places[name] for name in places if name not in names}
+    return out
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, str) or not math.isfinite(number):
+        raise usage_error(f"`{name}` is {value!r}", "pass a finite number")
+    return number
+
+
+def _run(
+    terms: Terms,
+    dst: str | os.PathLike[str] | None,
+    options: str,
+    base: _lorafmt.Base | None,
+    overwrite: bool,
+    progress: Progress | None,
+    framework: str | None,
+) -> reports.Report | Adapter:
+    if not terms:
+        raise usage_error("there is nothing to compose", "name at least one adapter")
     if dst is not None:
-        return reports._report(native.convert(os.fspath(dst), options, overwrite, progress))
-    converted, report = native.converted(options, progress)
+        return reports._report(_lorafmt.write(terms, os.fspath(dst), options, overwrite, base, progress))
+    made, report = _lorafmt.converted(terms, options, base, progress)
     # Unknown keys that were asked to be kept are part of the result.
-    return Adapter(converted, options={"unknown": "keep"}, framework=framework_of(src), report=reports._report(report))
+    return Adapter(made, options={"unknown": "keep"}, framework=framework, report=reports._report(report), base=base)
 
 
 def _options(
@@ -166,20 +393,22 @@ def _options(
     strength: float,
     unknown: str,
     lossy: str,
+    layout: str,
+    precision: str | None,
+    max_rank: int | None,
+    widen: int | None,
 ) -> str:
     """The keyword arguments as the native module takes them; values of the wrong type are errors here."""
-    words = {"to": to, "dtype": dtype, "unknown": unknown, "lossy": lossy}
-    optional = {"from": from_, "family": family}
+    words = {"to": to, "dtype": dtype, "unknown": unknown, "lossy": lossy, "layout": layout}
+    optional = {"from": from_, "family": family, "precision": precision}
     for name, value in {**words, **{k: v for k, v in optional.items() if v is not None}}.items():
         if not isinstance(value, str):
             raise usage_error(f"`{name}` is {value!r}", "pass a string")
-    try:
-        factor = float(strength)
-    except (TypeError, ValueError):
-        factor = math.nan
-    if isinstance(strength, str) or not math.isfinite(factor):
-        raise usage_error(f"`strength` is {strength!r}", "pass a finite number")
-    return json.dumps({**words, **optional, "strength": factor})
+    counts = {"max_rank": max_rank, "widen": widen}
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise usage_error(f"`{name}` is {count!r}", "pass a positive whole number")
+    return json.dumps({**words, **optional, **counts, "strength": _finite("strength", strength)})
 
 
 def convert_state_dict(
