@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,13 @@ def reference(path: str | Path) -> Reference:
     """Every module's delta. A key that has no place raises `UnknownKey`: nothing is left out unseen."""
     file, config = locate(path)
     tensors = TensorFile(file)
-    config_side = _side(json.loads(config.read_text())) if config.exists() else None
+    return meaning(tensors, tensors.metadata, _side(json.loads(config.read_text())) if config.exists() else None)
+
+
+def meaning(
+    tensors: TensorFile | Mapping[str, np.ndarray], metadata: dict[str, str], config_side: Side | None
+) -> Reference:
+    """The same of tensors by themselves, and what is known of alpha from outside them."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     adapters: set[str | None] = set()
     for key in tensors:
@@ -325,7 +331,7 @@ def reference(path: str | Path) -> Reference:
             raise UnknownKey(f"{source} ({', '.join(slots)})")
         targets, dotted = found
         component = targets[0].module.split(".")[0]
-        side = _header_side(tensors.metadata, component) or config_side
+        side = _header_side(metadata, component) or config_side
         for suffix, term in _terms(slots, side, dotted):
             for target in targets:
                 rows = None if suffix == "#magnitude_in" else _rows(target, term.shape[0])
