@@ -21,7 +21,7 @@ import numpy as np
 import oracle
 from native import MLPS, TILE, Base, Layer, interleave, layers_of, modulation_of, pack, unpack
 from oracle import LowRank
-from tensorfile import TensorFile, decode, encode
+from tensorfile import Planned, TensorFile, decode, encode, save_planned
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
@@ -246,3 +246,14 @@ def _block_by_rule(block: str, found: dict[str, LowRank], base: Base) -> Iterato
             down, up = _padded(pair, _up_to_tiles(pair[0].shape[0]))
             yield f"{block}.{name}.lora_down", _bits(down, "BF16"), "BF16"
             yield f"{block}.{name}.lora_up", _bits(interleave(up, splits), "BF16"), "BF16"
+
+
+def write_by_rule(target: Path, path: Path, base: Base) -> Path:
+    """The native file that Nunchaku would write."""
+
+    def planned(values: np.ndarray, dtype: str) -> Planned:
+        content = values.tobytes() if values.dtype == np.uint16 else encode(values, dtype)
+        return Planned(dtype, values.shape, lambda: content)
+
+    save_planned(target, {key: planned(values, dtype) for key, values, dtype in native_by_rule(path, base)})
+    return target

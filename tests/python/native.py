@@ -16,7 +16,7 @@ only makes sense beside the base it was made for.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +128,7 @@ class Layer:
 
 QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 ADDED_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+VALUES = ("attn.to_v", "attn.add_v_proj")
 DOUBLE = (
     Layer("qkv_proj", "attn.to_qkv", QKV, 3 * HIDDEN, HIDDEN),
     Layer("qkv_proj_context", "attn.add_qkv_proj", ADDED_QKV, 3 * HIDDEN, HIDDEN),
@@ -148,6 +149,11 @@ SINGLE = (
 )
 DOUBLE_MODULATION = {"norm1.linear": 6, "norm1_context.linear": 6}
 SINGLE_MODULATION = {"norm.linear": 3}
+OUTSIDE = {
+    name
+    for module in SHAPES
+    if (name := module.removeprefix("transformer.")) != module and "blocks." not in name and "distilled" not in name
+}
 MLPS = (("mlp_fc1", "mlp_fc2"), ("mlp_context_fc1", "mlp_context_fc2"))
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 SUFFIXES_V2 = {
@@ -219,9 +225,6 @@ class Base:
 
     def values(self, key: str) -> np.ndarray | None:
         return self.file[self.key(key)] if self.key(key) in self.file.header else None
-
-    def dtype(self, key: str) -> str:
-        return self.file.header[self.key(key)].dtype
 
     def branch(self, layer: str) -> Branch | None:
         """None for a layer whose branch is absent, or has no ranks."""
@@ -319,13 +322,11 @@ class Native:
         header = self.file.header
         dtype = header[down].dtype
         require(dtype == header[up].dtype and dtype in ("BF16", "F16"), name, "is", dtype, header[up].dtype)
+        stored = _bits(self.file, down), _bits(self.file, up)
         block, local = split_block(name) or ("", "")
         if local in modulation_of(block):
-            return self._modulation(
-                name, _bits(self.file, down), _bits(self.file, up), dtype, modulation_of(block)[local]
-            )
-        layer = next(layer for layer in layers_of(block) if layer.name == local)
-        return self._quantized(name, _bits(self.file, down), _bits(self.file, up), dtype, layer)
+            return self._modulation(name, *stored, dtype, modulation_of(block)[local])
+        return self._quantized(name, *stored, dtype, layer_of(name))
 
     def _modulation(self, name: str, down: np.ndarray, up: np.ndarray, dtype: str, splits: int) -> Factors:
         require(down.shape[1:] == (HIDDEN,), name, "has a down factor of", down.shape)
@@ -384,13 +385,78 @@ class Native:
         for _ in _vector_targets(key, entry.shape[0]):
             pass
 
+    def deltas(self) -> Reference:
+        """diffusers module (with component) -> what the file adds to it. Modules without a delta are absent."""
+        self.check()
+        result: Reference = {}
+        for name, factors in self.all_factors.items():
+            for module, term in self._terms(name, factors):
+                result.setdefault(f"transformer.{module}", Delta()).terms.append(term)
+        for module, mark, values in self._parts_of_vectors():
+            if mark == "#set" or values.any():
+                result.setdefault(f"transformer.{module}{mark}", Delta()).terms.append(Full(values))
+        for key in self.outside:
+            module, _, side = key.partition(".lora_")
+            known = key.startswith("lora_te") or (module in OUTSIDE and side in ("A.weight", "B.weight"))
+            require(known, key, "is no key of a native file")
+        result.update(oracle.meaning({key: self.file[key] for key in self.outside}, {}, None))
+        return result
+
+    def _terms(self, name: str, factors: Factors) -> Iterator[tuple[str, LowRank]]:
+        block, local = split_block(name) or ("", "")
+        if local in modulation_of(block):
+            if term := _trimmed(factors.down, factors.up):
+                yield name, term
+            return
+        layer, smoothing, down = layer_of(name), self.base.smoothing(block), factors.down
+        if smoothing is not None and local.startswith("out_proj"):
+            down = down / smoothing
+        rows = layer.out // len(layer.modules)
+        for number, module in enumerate(layer.modules):
+            up = factors.up[number * rows : (number + 1) * rows]
+            if smoothing is not None and module in VALUES:
+                up = up * smoothing[:, None]
+            if term := _trimmed(down, up):
+                yield f"{block}.{module}", _in_columns(term, layer.column) if module == "proj_out" else term
+
+    def _parts_of_vectors(self) -> Iterator[tuple[str, str, np.ndarray]]:
+        for key in self.vectors:
+            values = self.file[key].astype(np.float64)
+            for module, rows in _vector_targets(key, values.size):
+                part = values[rows]
+                block, local = split_block(module) or ("", "")
+                if local in VALUES and (smoothing := self.base.smoothing(block)) is not None:
+                    part = part * smoothing
+                yield module, _mark(key), part
+
+    def types(self) -> dict[str, str]:
+        """Module (of the deltas) -> the type that its factors or values are stored in."""
+        types: dict[str, str] = {}
+        for name, factors in self.all_factors.items():
+            block, local = split_block(name) or ("", "")
+            modules = (local,) if local in modulation_of(block) else layer_of(name).modules
+            types |= {f"transformer.{block}.{module}": factors.dtype for module in modules}
+        for key in self.vectors:
+            entry = self.file.header[key]
+            targets = _vector_targets(key, entry.shape[0])
+            types |= {f"transformer.{module}{_mark(key)}": entry.dtype for module, _ in targets}
+        for key in self.outside:
+            if key.endswith(".lora_A.weight"):
+                types[f"transformer.{key.removesuffix('.lora_A.weight')}"] = self.file.header[key].dtype
+        return types
+
+
+def _mark(key: str) -> str:
+    """A bias is a delta; the weight of a norm takes the place of the base's."""
+    return "#set" if key.endswith(".weight") else "#bias"
+
 
 def _vector_targets(key: str, size: int) -> Iterator[tuple[str, slice]]:
     """The diffusers modules that a vector belongs to, with their part of it."""
     path, _, parameter = key.rpartition(".")
     parts = split_block(key)
     if parts is None:
-        require(f"transformer.{path}" in SHAPES, key, "belongs to no module")
+        require(path in OUTSIDE, key, "belongs to no module")
         yield path, slice(None)
         return
     block, local = parts
@@ -416,87 +482,12 @@ def _trimmed(down: np.ndarray, up: np.ndarray) -> LowRank | None:
     return LowRank(down[used], up[:, used], 1.0) if used.size else None
 
 
-def _terms(block: str, layer: Layer, factors: Factors, smoothing: np.ndarray | None) -> Iterator[tuple[str, LowRank]]:
-    down, up = factors.down, factors.up
-    if smoothing is not None and layer.name.startswith("out_proj"):
-        down = down / smoothing
-    wide = HIDDEN + MLP if layer.modules == ("proj_out",) else layer.in_
-    rows = layer.out // len(layer.modules)
-    for number, module in enumerate(layer.modules):
-        part = up[number * rows : (number + 1) * rows]
-        if smoothing is not None and module.endswith(("to_v", "add_v_proj")):
-            part = part * smoothing[:, None]
-        term = _trimmed(down, part)
-        if term is not None and wide != layer.in_:
-            columns = np.zeros((term.down.shape[0], wide), term.down.dtype)
-            columns[:, layer.column : layer.column + layer.in_] = term.down
-            term = replace(term, down=columns)
-        if term is not None:
-            yield f"{block}.{module}", term
+def _in_columns(term: LowRank, column: int) -> LowRank:
+    """A part of diffusers' proj_out, which reads attention and mlp side by side."""
+    down = np.zeros((term.down.shape[0], HIDDEN + MLP), term.down.dtype)
+    down[:, column : column + term.down.shape[1]] = term.down
+    return replace(term, down=down)
 
 
 def deltas_of_native(path: str | Path, base: Base | str | Path) -> Reference:
-    """What the file adds to its base: diffusers module (with component) -> delta. Modules with no delta are absent."""
-    native = Native(path, base)
-    native.check()
-    result: Reference = {}
-    for name, factors in native.all_factors.items():
-        block, local = split_block(name) or ("", "")
-        if local in modulation_of(block):
-            if term := _trimmed(factors.down, factors.up):
-                result.setdefault(f"transformer.{name}", Delta()).terms.append(term)
-            continue
-        for module, term in _terms(block, layer_of(name), factors, native.base.smoothing(block)):
-            result.setdefault(f"transformer.{module}", Delta()).terms.append(term)
-    _add_vectors(result, native)
-    text = [key for key in native.outside if key.startswith("lora_te")]
-    for key in native.outside:
-        plain = key in text or key.endswith((".lora_A.weight", ".lora_B.weight"))
-        require(plain, key, "is no key of a native file")
-    result.update(oracle.meaning({key: native.file[key] for key in native.outside}, {}, None))
-    return result
-
-
-def _add_vectors(result: Reference, native: Native) -> None:
-    for key in native.vectors:
-        values = native.file[key].astype(np.float64)
-        replaces = key.endswith(".weight")
-        for module, rows in _vector_targets(key, values.size):
-            part = values[rows]
-            block = ".".join(module.split(".")[:2])
-            if module.endswith(("attn.to_v", "attn.add_v_proj")) and block in native.base.blocks:
-                smoothing = native.base.smoothing(block)
-                part = part if smoothing is None else part * smoothing
-            if replaces or part.any():
-                mark = "#set" if replaces else "#bias"
-                result.setdefault(f"transformer.{module}{mark}", Delta()).terms.append(Full(part))
-
-
-# -------------------------------------------------------------------------------- sums of adapters
-
-
-def widened(delta: Delta, width: int) -> Delta:
-    """With zero columns up to an input width: what an adapter for 64 channels does to an embedder of 128."""
-
-    def wide(term: oracle.Term) -> oracle.Term:
-        if not isinstance(term, LowRank) or term.down.shape[1] == width:
-            return term
-        columns = np.zeros((term.down.shape[0], width), term.down.dtype)
-        columns[:, : term.down.shape[1]] = term.down
-        return replace(term, down=columns)
-
-    return Delta([wide(term) for term in delta.terms])
-
-
-def mixed(parts: Iterable[tuple[Reference, float]]) -> Reference:
-    """The sum of strength * delta. A parameter that is replaced is not scaled."""
-    result: Reference = {}
-    for reference, strength in parts:
-        for module, delta in reference.items():
-            factor = 1.0 if "#set" in module else strength
-            terms = [replace(term, scale=term.scale * factor) for term in delta.terms]
-            result.setdefault(module, Delta()).terms.extend(terms)
-    for module, delta in result.items():
-        if "#" not in module:
-            result[module] = widened(delta, max(term.shape[1] for term in delta.terms))
-    return result
+    return Native(path, base).deltas()

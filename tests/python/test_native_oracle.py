@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import oracle
-from golden import Golden, assert_truth, diffusers_by_rule, digest, names, native_by_rule
-from native import Base, deinterleave, interleave, pack, pack_vectors, unpack, unpack_vectors
-from tensorfile import encode
+from bases import DAMAGES, LAYOUTS, PRECISIONS, BaseSpec, make_base
+from golden import Golden, assert_truth, diffusers_by_rule, digest, names, native_by_rule, write_by_rule
+from native import (
+    Base,
+    Native,
+    NotNative,
+    deinterleave,
+    deltas_of_native,
+    interleave,
+    layers_of,
+    name_v2,
+    pack,
+    pack_vectors,
+    unpack,
+    unpack_vectors,
+)
+from tensorfile import Planned, TensorFile, encode, save, save_planned
 
 # -------------------------------------------------------------------------------- packing
 
@@ -110,3 +127,129 @@ def test_the_oracle_knows_the_deltas(golden: Golden, name: str) -> None:
     assert {f"transformer.{module}" for module in truth} == {m for m in deltas if not m.startswith("text_encoder")}
     for module, expected in truth.items():
         assert_truth(deltas[f"transformer.{module}"], expected, 1e-9)
+
+
+# -------------------------------------------------------------------------------- reading native files
+
+READ_BACK = ("kohya_split_r4", "kohya_full_r8", "diffusers_mixed_ranks", "diffusers_equal_r16", "kohya_te_r4")
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_nunchakus_files_are_read_back(golden: Golden, scratch: Path, name: str) -> None:
+    base = Base(golden.path("base_bf16"))
+    target = write_by_rule(scratch / "native.safetensors", golden.path(name), base)
+    expected = oracle.reference(golden.path(name))
+    expected = {module: delta for module, delta in expected.items() if not module.startswith("text_encoder")}
+    comparison = oracle.compare(expected, deltas_of_native(target, base), 1e-12)
+    assert comparison, str(comparison)
+    with pytest.raises(NotNative, match="does not start with its base's"):
+        deltas_of_native(target, golden.path("base_other"))
+
+
+def test_what_is_unsound_is_noticed(golden: Golden, scratch: Path) -> None:
+    base = Base(golden.path("base_bf16"))
+    sound = TensorFile(write_by_rule(scratch / "native.safetensors", golden.path("xlabs_r16"), base))
+    tensors = {k: Planned(e.dtype, e.shape, sound.raw(k).tobytes) for k, e in sound.header.items()}
+    name = "transformer_blocks.0.mlp_fc1"
+    up = unpack(np.frombuffer(tensors[f"{name}.lora_up"].content(), "<u2").reshape(12288, 32), down=False)
+    down = unpack(np.frombuffer(tensors[f"{name}.lora_down"].content(), "<u2").reshape(3072, 32), down=True)
+    longer = {
+        f"{name}.lora_up": Planned("BF16", (12288, 48), pack(np.pad(up, ((0, 0), (0, 16))), down=False).tobytes),
+        f"{name}.lora_down": Planned("BF16", (3072, 48), pack(np.pad(down, ((0, 16), (0, 0))), down=True).tobytes),
+    }
+    bias = np.zeros(3072, np.float32).tobytes
+    changes: list[tuple[str, dict[str, Planned | None]]] = [
+        ("lacks one factor", {f"{name}.lora_up": None}),
+        ("no branch for", {f"{name}.lora_up": None, f"{name}.lora_down": None}),
+        ("have ranks", dict(longer)),
+        ("is no layer's branch", {"transformer_blocks.0.attn.to_q.lora_A": Planned("BF16", (16, 3072))}),
+        ("has no block", {"transformer_blocks.7.mlp_fc1.lora_up": Planned("BF16", (12288, 32))}),
+        ("has a down factor", {f"{name}.lora_down": Planned("BF16", (3088, 32))}),
+        ("is F32", {"transformer_blocks.0.attn.to_out.0.bias": Planned("F32", (3072,), bias)}),
+        ("belongs to no layer", {"transformer_blocks.0.attn.to_q.bias": Planned("BF16", (3072,))}),
+        ("is no key", {"x_embedder.alpha": Planned("BF16", ())}),
+    ]
+    for number, (words, change) in enumerate(changes):
+        changed = {k: v for k, v in {**tensors, **change}.items() if v}
+        save_planned(scratch / f"{number}.safetensors", changed)
+        with pytest.raises(NotNative, match=words):
+            deltas_of_native(scratch / f"{number}.safetensors", base)
+
+
+def test_smoothing_that_was_folded_into_the_values(scratch: Path) -> None:
+    """The branch of out_proj sees inputs that were divided; what it and the rows of v hold makes up for that."""
+    base = Base(make_base(scratch / "base.safetensors", BaseSpec(rank=16, fused=True)))
+    rng = np.random.default_rng(3)
+    adapted = {"to_out.0": "", "to_add_out": "", "to_q": "", "to_v": "", "add_v_proj": ""}
+    plain, changed = {}, {}
+    for leaf in adapted:
+        down, up = rng.standard_normal((2, 4, 3072)).astype(np.float32) * np.float32(0.02)
+        name = f"transformer.transformer_blocks.0.attn.{leaf}.lora_"
+        factor = base.smoothing("transformer_blocks.0")
+        assert factor is not None
+        plain |= {f"{name}A.weight": (down, "F32"), f"{name}B.weight": (up.T, "F32")}
+        wide = down * factor if "out" in leaf else down
+        tall = up / factor if "v" in leaf else up
+        changed |= {f"{name}A.weight": (wide, "F32"), f"{name}B.weight": (tall.T, "F32")}
+    save(scratch / "plain.safetensors", plain)
+    save(scratch / "changed.safetensors", changed)
+    target = write_by_rule(scratch / "native.safetensors", scratch / "changed.safetensors", base)
+    comparison = oracle.compare(oracle.reference(scratch / "plain.safetensors"), deltas_of_native(target, base), 2**-8)
+    assert comparison, str(comparison)
+
+
+def test_the_folded_factors_are_those_of_the_attentions_output() -> None:
+    """(W_o + B_o A_o) v with v = (W_v + B_v A_v) x, as a model does it that keeps v / s and W_o s."""
+    rng = np.random.default_rng(4)
+    w_v, w_o, x, s = rng.standard_normal((8, 8)), rng.standard_normal((8, 8)), rng.standard_normal(8), rng.random(8) + 1
+    a_v, b_v, a_o, b_o = (rng.standard_normal(shape) for shape in ((2, 8), (8, 2), (2, 8), (8, 2)))
+    expected = (w_o + b_o @ a_o) @ (w_v + b_v @ a_v) @ x
+    inner = (w_v / s[:, None]) @ x + (b_v / s[:, None]) @ (a_v @ x)
+    assert np.allclose((w_o * s) @ inner + b_o @ ((a_o * s) @ inner), expected)
+
+
+# -------------------------------------------------------------------------------- bases
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bases_are_one_model_under_every_name(scratch: Path, layout: str, precision: str) -> None:
+    spec = BaseSpec(rank=16, precision=precision)
+    plain = Base(make_base(scratch / "plain.safetensors", spec))
+    other = Base(make_base(scratch / "other.safetensors", replace(spec, layout=layout)))
+    assert other.blocks == plain.blocks
+    for block in plain.blocks:
+        for layer in layers_of(block):
+            ours, theirs = (base.branch(f"{block}.{layer.name}") for base in (plain, other))
+            assert ours and theirs
+            assert np.array_equal(ours.down, theirs.down) and np.array_equal(ours.up, theirs.up)
+            assert np.array_equal(ours.down.any(axis=0), np.ones(16, bool))
+    assert ("x_embedder.weight" in other.file.header) is (layout != "blocks")
+    assert bool(other.file.metadata) is (layout != "blocks")
+
+
+def test_a_whole_base_has_as_many_tensors_as_the_published_ones(scratch: Path) -> None:
+    everything = tuple(f"{kind}_blocks.{i}" for kind in ("transformer", "single_transformer") for i in range(38))
+    layers = tuple(f"{block}.{layer.name}" for block in everything for layer in layers_of(block))
+    path = make_base(scratch / "base.safetensors", BaseSpec(19, 38, layout="v1", empty=layers))
+    assert len(TensorFile(path)) == 2604
+    assert path.stat().st_blocks * 512 < 40 << 20
+
+
+def test_bases_load_in_safetensors(scratch: Path) -> None:
+    safetensors = pytest.importorskip("safetensors")
+    for number, layout in enumerate(LAYOUTS):
+        for damage in ("", *DAMAGES):
+            path = scratch / f"{number}.safetensors"
+            make_base(path, BaseSpec(layout=layout, precision=PRECISIONS[number % 2], damage=damage))
+            with safetensors.safe_open(path, "np") as file:
+                assert len(list(file.keys())) == len(TensorFile(path))
+
+
+def test_a_native_file_is_read_under_either_name(golden: Golden, scratch: Path) -> None:
+    """The names of the second generation are read too: what counts is which layer a branch belongs to."""
+    base = Base(golden.path("base_bf16"))
+    first = TensorFile(write_by_rule(scratch / "1.safetensors", golden.path("xlabs_r16"), base))
+    tensors = {name_v2(k): Planned(e.dtype, e.shape, first.raw(k).tobytes) for k, e in first.header.items()}
+    save_planned(scratch / "2.safetensors", tensors)
+    assert Native(scratch / "2.safetensors", base).layers.keys() == Native(first.path, base).layers.keys()
