@@ -10,6 +10,8 @@ from typing import Any
 
 import lorafmt
 import oracle
+from native import Base, Native
+from oracle import Reference
 from tensorfile import TensorFile
 
 WRITTEN = ("diffusers", "peft", "kohya", "comfyui", "bfl", "xlabs", "onetrainer", "aitoolkit")
@@ -20,6 +22,11 @@ PLAIN = tuple(name for name in ALL if name not in LOKR + DETECT_ONLY)
 
 # Typical rounding error (root mean square) of one rounding to nearest, relative: a second one shows.
 ONE_ROUNDING = {"F32": 1e-6, "F16": 2.0**-12, "BF16": 2.0**-9}
+# In a native file both factors may have to be rounded: the base decides the type, and scales are folded.
+NATIVE_ROUNDING = {dtype: 1.5 * error for dtype, error in ONE_ROUNDING.items()}
+
+# How the ranks of several adapters follow each other in a native file.
+RANK_LAYOUTS = ("aligned", "packed")
 
 DIFFUSERS_KEY = re.compile(
     r"(transformer|text_encoder|text_encoder_2)\..+"
@@ -63,6 +70,72 @@ def assert_equal(
         exact = 1e-6 if dtype == "F16" else 1e-12
         off = {m: comparison.errors[m] for m in spared if comparison.errors.get(m, 0.0) > exact}
         assert not off, f"{len(off)} modules rounded without need, such as {list(off.items())[:3]}"
+
+
+def transformer_only(reference: oracle.Reference) -> oracle.Reference:
+    return {module: delta for module, delta in reference.items() if module.startswith("transformer.")}
+
+
+def assert_native(expected: Reference, target: Path, base: Path | Base, *, roundings: int = 1) -> Reference:
+    """The native file is sound beside its base and adds the expected deltas; what it adds is returned.
+
+    Every factor may be rounded once into the type it is stored in. Text encoders may be carried; if they are, they
+    are held to their deltas as well.
+    """
+    native = Native(target, base)
+    deltas, types = native.deltas(), native.types()
+    wanted = {module: delta for module, delta in expected.items() if not _is_text(module) or module in deltas}
+    comparison = oracle.compare(wanted, deltas, math.inf)
+    limits = {module: roundings * NATIVE_ROUNDING[types.get(module, "BF16")] for module in comparison.errors}
+    wrong = {module: error for module, error in comparison.errors.items() if not error <= limits[module]}
+    assert comparison and not wrong, f"{comparison}; wrong: {wrong}"
+    return deltas
+
+
+Inputs = list[tuple[Path, float]]
+"""Adapters with strengths."""
+
+
+def deltas_of(inputs: Inputs, base: Path | None = None) -> Reference:
+    """What the inputs do together; `base` is for those that are native files themselves."""
+
+    def meaning(path: Path) -> Reference:
+        native = any(key.endswith(".lora_down") for key in TensorFile(oracle.locate(path)[0]))
+        return Native(path, base).deltas() if native and base else oracle.reference(path)
+
+    return oracle.mixed((meaning(path), strength) for path, strength in inputs)
+
+
+def to_native(source: Path, target: Path, base: Path, **options: Any) -> Reference:
+    """Convert, hold the result to the input, and give what it adds."""
+    convert(source, target, to="nunchaku", base=base, **options)
+    return assert_native(oracle.reference(source), target, base)
+
+
+def native_of(inputs: Inputs, target: Path, base: Path) -> None:
+    """One input at full strength is a conversion, everything else a composition."""
+    if len(inputs) == 1 and inputs[0][1] == 1.0:
+        convert(inputs[0][0], target, to="nunchaku", base=base)
+    else:
+        lorafmt.compose(inputs, target, to="nunchaku", base=base)
+
+
+def right_or_refused(
+    inputs: Inputs, target: Path, base: Path, codes: tuple[str, ...] = ()
+) -> lorafmt.LorafmtError | None:
+    """The right deltas, or an error of one of these codes (any, if none are given) that leaves nothing behind."""
+    try:
+        native_of(inputs, target, base)
+    except lorafmt.LorafmtError as error:
+        assert error.code in codes if codes else error.code
+        assert error.hint and not target.exists()
+        return error
+    assert_native(deltas_of(inputs, base), target, base, roundings=2)
+    return None
+
+
+def _is_text(module: str) -> bool:
+    return module.startswith("text_encoder")
 
 
 def must_hold(dialect: str, module: str) -> bool:

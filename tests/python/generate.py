@@ -8,6 +8,7 @@ these, so the generator does. Names come from the oracle's hand-written map; wha
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,9 +110,18 @@ def _size(targets: list[Target]) -> tuple[int, int]:
 class Builder:
     """One random file in the making."""
 
-    def __init__(self, seed: int, spelling: str, dtype: str = "F32", kind: str = "lora", text: bool = True) -> None:
+    def __init__(
+        self,
+        seed: int,
+        spelling: str,
+        dtype: str = "F32",
+        kind: str = "lora",
+        text: bool = True,
+        blocks: int | None = None,
+    ) -> None:
         self.rng = np.random.default_rng([seed, sum(spelling.encode()), sum(kind.encode())])
         self.spelling, self.dtype, self.kind, self.text = SPELLINGS[spelling], dtype, kind, text
+        self.block_limit = blocks
         self.tensors: dict[str, tuple[np.ndarray, str]] = {}
         self.metadata: dict[str, str] = {}
         self.config: dict[str, object] | None = None
@@ -154,9 +164,13 @@ class Builder:
         self._put(f"{name}.diff", self._random(out, in_))
         self._put(f"{name}.diff_b", self._random(out))
 
+    def _within(self, path: str) -> bool:
+        number = re.search(r"blocks\.(\d+)\.", path)
+        return number is None or self.block_limit is None or int(number[1]) < self.block_limit
+
     def modules(self) -> None:
         spelling = self.spelling
-        paths = _paths(spelling.vocabulary)
+        paths = [path for path in _paths(spelling.vocabulary) if self._within(path)]
         # Always something from a block, with a width that says FLUX.
         blocks = [path for path in paths if path.startswith(("single", "double", "transformer_blocks"))]
         chosen = {str(path) for path in self.rng.choice(blocks, 3, replace=False)}
@@ -202,9 +216,17 @@ class Builder:
 
 
 def random_file(
-    path: Path, seed: int, spelling: str, *, dtype: str = "F32", kind: str = "lora", text: bool = True
+    path: Path,
+    seed: int,
+    spelling: str,
+    *,
+    dtype: str = "F32",
+    kind: str = "lora",
+    text: bool = True,
+    blocks: int | None = None,
 ) -> Path:
-    builder = Builder(seed, spelling, dtype, kind, text)
+    """`blocks`: only the first so many of each kind."""
+    builder = Builder(seed, spelling, dtype, kind, text, blocks)
     builder.modules()
     builder.side_alpha()
     return builder.write(path)

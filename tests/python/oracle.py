@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,13 @@ def reference(path: str | Path) -> Reference:
     """Every module's delta. A key that has no place raises `UnknownKey`: nothing is left out unseen."""
     file, config = locate(path)
     tensors = TensorFile(file)
-    config_side = _side(json.loads(config.read_text())) if config.exists() else None
+    return meaning(tensors, tensors.metadata, _side(json.loads(config.read_text())) if config.exists() else None)
+
+
+def meaning(
+    tensors: TensorFile | Mapping[str, np.ndarray], metadata: dict[str, str], config_side: Side | None
+) -> Reference:
+    """The same of tensors by themselves, and what is known of alpha from outside them."""
     modules: dict[str, dict[str, np.ndarray]] = {}
     adapters: set[str | None] = set()
     for key in tensors:
@@ -325,7 +331,7 @@ def reference(path: str | Path) -> Reference:
             raise UnknownKey(f"{source} ({', '.join(slots)})")
         targets, dotted = found
         component = targets[0].module.split(".")[0]
-        side = _header_side(tensors.metadata, component) or config_side
+        side = _header_side(metadata, component) or config_side
         for suffix, term in _terms(slots, side, dotted):
             for target in targets:
                 rows = None if suffix == "#magnitude_in" else _rows(target, term.shape[0])
@@ -429,6 +435,36 @@ def compare(expected: Reference, actual: Reference, tolerance: float = 1e-6) -> 
         return [m for m in one if m not in other and ("#set" in m or "#magnitude" in m or norm(one[m].terms) > 0)]
 
     return Comparison(errors, only_in(expected, actual), only_in(actual, expected), tolerance)
+
+
+# -------------------------------------------------------------------------------- sums of adapters
+
+
+def widened(delta: Delta, width: int) -> Delta:
+    """With zero columns up to an input width: what an adapter for 64 channels does to an embedder of 128."""
+
+    def wide(term: Term) -> Term:
+        if not isinstance(term, LowRank) or term.down.shape[1] == width:
+            return term
+        columns = np.zeros((term.down.shape[0], width), term.down.dtype)
+        columns[:, : term.down.shape[1]] = term.down
+        return replace(term, down=columns)
+
+    return Delta([wide(term) for term in delta.terms])
+
+
+def mixed(parts: Iterable[tuple[Reference, float]]) -> Reference:
+    """The sum of strength * delta. A parameter that is replaced is not scaled."""
+    result: Reference = {}
+    for reference, strength in parts:
+        for module, delta in reference.items():
+            factor = 1.0 if "#set" in module else strength
+            terms = [replace(term, scale=term.scale * factor) for term in delta.terms]
+            result.setdefault(module, Delta()).terms.extend(terms)
+    for module, delta in result.items():
+        if "#" not in module:
+            result[module] = widened(delta, max(term.shape[1] for term in delta.terms))
+    return result
 
 
 # -------------------------------------------------------------------------------- making files

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -132,17 +133,42 @@ class TensorFile:
         return self._data[self._base + entry.start : self._base + entry.stop]
 
 
-def save(path: str | Path, tensors: dict[str, tuple[np.ndarray, str]], metadata: dict[str, str] | None = None) -> None:
-    """Write `key -> (values, dtype)` in the given order."""
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write: `content` makes its first bytes, the rest are zeros that take no room on disk."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: Callable[[], bytes] = bytes
+
+    @property
+    def size(self) -> int:
+        return ITEM_SIZE[self.dtype] * int(np.prod(self.shape, dtype=np.int64))
+
+
+def save_planned(path: str | Path, tensors: Mapping[str, Planned], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors in the given order, one at a time; what is zero to the end of a tensor becomes a hole."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     start = 0
-    for key, (values, dtype) in tensors.items():
-        stop = start + ITEM_SIZE[dtype] * int(np.prod(values.shape, dtype=np.int64))
-        header[key] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [start, stop]}
-        start = stop
+    for key, tensor in tensors.items():
+        offsets = [start, start + tensor.size]
+        header[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        start = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with Path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for values, dtype in tensors.values():
-            file.write(encode(values, dtype))
+        position = file.tell()
+        for tensor in tensors.values():
+            content = tensor.content()[: tensor.size]
+            if content:
+                file.seek(position)
+                file.write(content)
+            position += tensor.size
+        file.truncate(position)
+
+
+def save(path: str | Path, tensors: dict[str, tuple[np.ndarray, str]], metadata: dict[str, str] | None = None) -> None:
+    """Write `key -> (values, dtype)` in the given order."""
+    planned = {key: Planned(dtype, v.shape, partial(encode, v, dtype)) for key, (v, dtype) in tensors.items()}
+    save_planned(path, planned, metadata)

@@ -1,0 +1,186 @@
+"""Native files read back, split and scaled, and the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import lorafmt
+import oracle
+from bases import SMALL, VARIED, Bases, BaseSpec
+from checks import NATIVE_ROUNDING, RANK_LAYOUTS, assert_native, convert, deltas_of, to_native
+from golden import Golden, write_by_rule
+from loras import MODULES, ORIGINAL, everything, kohya, lora
+from native import Base, deltas_of_native
+from tensorfile import TensorFile, save
+
+
+@pytest.mark.parametrize("base", VARIED)
+def test_native_and_back(scratch: Path, bases: Bases, base: str) -> None:
+    source = lora(scratch / "lora.safetensors", {**everything(2), "x_embedder": 4, "norm_out.linear": 4, "proj_out": 4})
+    native, target = scratch / "native.safetensors", scratch / "back.safetensors"
+    found = to_native(source, native, bases(VARIED[base]))
+    convert(native, target, base=bases(VARIED[base]))
+    back = oracle.reference(target)
+    comparison = oracle.compare(oracle.reference(source), back, 2 * NATIVE_ROUNDING["BF16"])
+    assert comparison, str(comparison)
+    if "folded" not in base:
+        comparison = oracle.compare(found, back, 1e-12)
+        assert comparison, str(comparison)
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui", "peft"])
+def test_native_to_other_dialects(scratch: Path, bases: Bases, to: str) -> None:
+    source = lora(scratch / "lora.safetensors", {**everything(), "x_embedder": 4})
+    native, target = scratch / "native.safetensors", scratch / "back.safetensors"
+    to_native(source, native, bases(SMALL))
+    lorafmt.convert(native, target, to=to, base=bases(SMALL))
+    comparison = oracle.compare(oracle.reference(source), oracle.reference(target), 2 * NATIVE_ROUNDING["BF16"])
+    assert comparison, str(comparison)
+
+
+def test_biases_and_norms_come_back(scratch: Path, bases: Bases) -> None:
+    listing = oracle.thin(oracle.fixture("flux_control_lora"), (0, 1))
+    source = oracle.make_file(listing, scratch / "lora.safetensors", shrink_rank=16, dtype="BF16")
+    base = bases(BaseSpec(2, 2, rank=16, layout="v1", channels=128))
+    to_native(source, scratch / "native.safetensors", base)
+    convert(scratch / "native.safetensors", scratch / "back.safetensors", base=base)
+    comparison = oracle.compare(
+        oracle.reference(source), oracle.reference(scratch / "back.safetensors"), 2 * NATIVE_ROUNDING["BF16"]
+    )
+    assert comparison, str(comparison)
+
+
+@pytest.mark.parametrize("name", ["kohya_r24_alpha7", "diffusers_equal_r16", "kohya_full_r8", "xlabs_r16"])
+def test_nunchakus_own_files_come_back(scratch: Path, golden: Golden, name: str) -> None:
+    """They have no metadata: the base shows by its ranks whether it is the right one."""
+    base = golden.path("base_bf16")
+    native = write_by_rule(scratch / "native.safetensors", golden.path(name), Base(base))
+    assert lorafmt.detect(native).dialect == "nunchaku"
+    convert(native, scratch / "back.safetensors", base=base)
+    comparison = oracle.compare(
+        deltas_of_native(native, base), oracle.reference(scratch / "back.safetensors"), NATIVE_ROUNDING["BF16"]
+    )
+    assert comparison, str(comparison)
+    with pytest.raises(lorafmt.LorafmtError) as caught:
+        lorafmt.convert(native, scratch / "wrong.safetensors", base=golden.path("base_other"))
+    assert caught.value.code == "wrong-base"
+
+
+def test_a_native_file_without_mlp_is_recognised(scratch: Path, bases: Bases) -> None:
+    to_native(lora(scratch / "lora.safetensors", MODULES), scratch / "whole.safetensors", bases(SMALL))
+    whole = TensorFile(scratch / "whole.safetensors")
+    save(
+        scratch / "part.safetensors", {key: (whole[key], whole.header[key].dtype) for key in whole if "mlp" not in key}
+    )
+    for name in ("whole", "part"):
+        detection = lorafmt.detect(scratch / f"{name}.safetensors")
+        assert (detection.dialect, detection.family) == ("nunchaku", "flux1")
+
+
+WRONG = {
+    "another model": BaseSpec(rank=16, seed=1),
+    "another rank": BaseSpec(rank=32),
+    "another type": BaseSpec(rank=16, dtype="F16"),
+    "fewer blocks": BaseSpec(double=1, single=0, rank=16),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_base_is_refused(scratch: Path, bases: Bases, wrong: BaseSpec) -> None:
+    native, target = scratch / "native.safetensors", scratch / "back.safetensors"
+    to_native(lora(scratch / "lora.safetensors", MODULES), native, bases(SMALL))
+    with pytest.raises(lorafmt.LorafmtError) as caught:
+        lorafmt.convert(native, target, base=bases(wrong))
+    assert caught.value.code == "wrong-base" and not target.exists()
+
+
+def test_one_bit_makes_a_wrong_base(scratch: Path, bases: Bases) -> None:
+    native, target = scratch / "native.safetensors", scratch / "back.safetensors"
+    to_native(lora(scratch / "lora.safetensors", MODULES), native, bases(SMALL))
+    wrong = bases(replace(SMALL, flipped="single_transformer_blocks.0.mlp_fc2.lora_up"))
+    with pytest.raises(lorafmt.LorafmtError) as caught:
+        lorafmt.convert(native, target, base=wrong)
+    assert caught.value.code == "wrong-base"
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lorafmt", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def succeed(*args: object) -> subprocess.CompletedProcess[str]:
+    result = run(*args)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture
+def two(scratch: Path) -> tuple[Path, Path]:
+    return lora(scratch / "a.safetensors", everything(), seed=1), kohya(scratch / "b.safetensors", ORIGINAL, seed=2)
+
+
+@pytest.mark.parametrize("layout", [None, "aligned", "packed"])
+def test_compose_on_the_command_line(scratch: Path, bases: Bases, two: tuple[Path, Path], layout: str | None) -> None:
+    (a, b), base, target = two, bases(SMALL), scratch / "native.safetensors"
+    options = ["--layout", layout] if layout else []
+    result = succeed(
+        "compose", f"{a}:0.8", f"{b}:-0.5", "--to", "nunchaku", "--base", base, "-o", target, *options, "--json"
+    )
+    report = json.loads(result.stdout)
+    assert report["schema"] == 1 and report["target"]["dialect"] == "nunchaku"
+    assert_native(deltas_of([(a, 0.8), (b, -0.5)]), target, base)
+    lorafmt.compose(
+        [(a, 0.8), (b, -0.5)], scratch / "same.safetensors", to="nunchaku", base=base, layout=layout or "aligned"
+    )
+    assert (scratch / "same.safetensors").read_bytes() == target.read_bytes()
+
+
+def test_convert_on_the_command_line(scratch: Path, bases: Bases, two: tuple[Path, Path]) -> None:
+    native, back = scratch / "native.safetensors", scratch / "back.safetensors"
+    succeed("convert", two[1], "--to", "nunchaku", "--base", bases(SMALL), "-o", native)
+    assert_native(oracle.reference(two[1]), native, bases(SMALL))
+    succeed("convert", native, "--base", bases(SMALL), "--to", "diffusers", "-o", back)
+    comparison = oracle.compare(oracle.reference(two[1]), oracle.reference(back), 2 * NATIVE_ROUNDING["BF16"])
+    assert comparison, str(comparison)
+    result = run(
+        "convert", native, "--base", bases(WRONG["another model"]), "--to", "diffusers", "-o", back, "--force", "--json"
+    )
+    assert result.returncode == 2
+    assert json.loads(result.stdout)["error"]["code"] == "wrong-base"
+
+
+@pytest.mark.parametrize("layout", RANK_LAYOUTS)
+def test_a_composition_can_be_split(scratch: Path, bases: Bases, two: tuple[Path, Path], layout: str) -> None:
+    """What was composed by lorafmt knows which ranks are whose."""
+    (a, b), native, folder = two, scratch / "native.safetensors", scratch / "parts"
+    lorafmt.compose([(a, 0.8), (b, -0.5)], native, to="nunchaku", base=bases(SMALL), layout=layout)
+    succeed("convert", native, "--split", "--to", "diffusers", "--out-dir", folder)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == 2
+    parts = [oracle.reference(file) for file in files]
+    # Each part is one of the inputs, at its strength or without it.
+    for source, strength in ((a, 0.8), (b, -0.5)):
+        ways = [deltas_of([(source, factor)]) for factor in (strength, 1.0)]
+        assert any(oracle.compare(way, part, 2 * NATIVE_ROUNDING["BF16"]) for way in ways for part in parts), source
+
+
+def test_a_composition_can_be_scaled(scratch: Path, bases: Bases, two: tuple[Path, Path]) -> None:
+    (a, b), native, base = two, scratch / "native.safetensors", bases(SMALL)
+    lorafmt.compose([(a, 0.75), (b, 1.0)], native, to="nunchaku", base=base)
+    succeed("scale", native, "-o", scratch / "half.safetensors", "--strength", "0.5")
+    assert_native(deltas_of([(a, 0.375), (b, 0.5)]), scratch / "half.safetensors", base, roundings=2)
+    succeed("scale", native, "-o", scratch / "one.safetensors", "--lora", "b=-2")
+    assert_native(deltas_of([(a, 0.75), (b, -2.0)]), scratch / "one.safetensors", base, roundings=2)
+    succeed("scale", native, "-o", scratch / "off.safetensors", "--lora", "b=0")
+    assert_native(deltas_of([(a, 0.75), (b, 0.0)]), scratch / "off.safetensors", base, roundings=2)
+    result = run("scale", native, "-o", scratch / "no.safetensors", "--lora", "nobody=2")
+    assert result.returncode == 2 and "error:" in result.stderr
