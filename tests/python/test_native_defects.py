@@ -163,7 +163,7 @@ one(
 one(
     REFUSED,
     "position embeddings are deleted",
-    "unknown-key",
+    "unsupported-kind",
     modules=ORIGINAL,
     spell=dotted("diffusion_model."),
     suffixes=KOHYA,

@@ -93,6 +93,15 @@ pub(crate) struct Member<'a> {
 /// Canonical modules that make one module of the target, term by term.
 type Members<'a> = Vec<Member<'a>>;
 
+/// A module of the target, and what it is made of.
+struct Goal<'a> {
+    row: &'a Row,
+    /// Which canonical module of the row it is, if the target names those.
+    part: Option<usize>,
+    variables: Variables,
+    members: Members<'a>,
+}
+
 struct Encoder<'a> {
     /// The first adapter: the tables and the family are those of all.
     adapter: &'a Adapter,
@@ -124,12 +133,12 @@ impl<'a> Encoder<'a> {
         };
         let dialect = self.speller(place);
         let mut spelled = Vec::new();
-        for (row, variables, members) in self.targets(place, modules)? {
-            let (key, part) = (members[0].key, members[0].address.part);
+        for Goal { row, part, variables, members } in self.targets(place, modules)? {
+            let key = members[0].key;
             let Some(module) = self.join_all(place, dialect, row, members)? else { continue };
-            let path = match (place.namespace, part) {
-                (0, Some(part)) => row.canonical[part].render(&variables),
-                _ => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
+            let path = match part {
+                Some(part) => row.canonical[part].render(&variables),
+                None => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
             };
             if let Some(reason) = self.unspellable(dialect, row, &module) {
                 self.lose(Code::UnsupportedKind, key, &module, &reason)?;
@@ -170,37 +179,36 @@ impl<'a> Encoder<'a> {
     }
 
     /// Which rows of the namespace the modules belong to, in a fixed order.
-    fn targets(&mut self, place: &Place, modules: Members<'a>) -> Result<Vec<(&'a Row, Variables, Members<'a>)>> {
+    fn targets(&mut self, place: &Place, modules: Members<'a>) -> Result<Vec<Goal<'a>>> {
         let component = self.adapter.component(place.component);
-        let mut groups: BTreeMap<(usize, Variables, usize), Members<'a>> = BTreeMap::new();
+        let mut groups: BTreeMap<(usize, Variables, Option<usize>), Members<'a>> = BTreeMap::new();
         for member in modules {
             let row = self.target_row(place, member.key, member.address);
             let Some(row) = row else {
                 self.lose(Code::UnsupportedModule, member.key, &member.module, "has no name there")?;
                 continue;
             };
-            // In the canonical namespace every part stands by itself.
-            let part = if place.namespace == 0 { member.address.part.map_or(0, |p| p + 1) } else { 0 };
+            let (row, part) = row;
             groups.entry((row, member.address.variables.clone(), part)).or_default().push(member);
         }
         Ok(groups
             .into_iter()
-            .map(|((row, variables, _), members)| (&component.rows[row], variables, members))
+            .map(|((row, variables, part), members)| Goal { row: &component.rows[row], part, variables, members })
             .collect())
     }
 
-    /// The row under which a module is written.
-    fn target_row(&self, place: &Place, key: &ModuleKey, address: &Address) -> Option<usize> {
+    /// The row under which a module is written, and which part of it in the canonical namespace, where every part
+    /// stands by itself. A module that several rows have belongs to the first, so that those of all terms meet.
+    fn target_row(&self, place: &Place, key: &ModuleKey, address: &Address) -> Option<(usize, Option<usize>)> {
         let rows = &self.adapter.component(place.component).rows;
-        if place.namespace == 0 {
-            return Some(address.row);
-        }
-        let named = |row: &Row| row.names[place.namespace].is_some();
+        let canonical = place.namespace == 0;
+        let named = |row: &Row| canonical || row.names[place.namespace].is_some();
         let Some(part) = address.part.filter(|_| address.namespace == 0) else {
-            return named(&rows[address.row]).then_some(address.row);
+            return named(&rows[address.row]).then_some((address.row, address.part.filter(|_| canonical)));
         };
         let template = &self.adapter.row(key, address).canonical[part];
-        rows.iter().position(|row| named(row) && row.canonical.contains(template))
+        let row = rows.iter().position(|row| named(row) && row.canonical.contains(template))?;
+        Some((row, rows[row].canonical.iter().position(|t| t == template).filter(|_| canonical)))
     }
 
     /// The one module that all terms make together.

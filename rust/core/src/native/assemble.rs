@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::base::{Base, BaseLayer, Precision, Smoothing};
 use super::manifest::{BaseEntry, Entry, KEY, Manifest, compress};
 use super::pack::{Side, TILE, pack};
-use super::scaling::{divide_rows, multiply_columns};
+use super::scaling::{divide_rows, divide_vector, multiply_columns};
 use crate::adapter::ModuleKey;
 use crate::compose::{Ledger, Term};
 use crate::dtype::Dtype;
@@ -180,7 +180,9 @@ impl<'a> Assembler<'_, '_, 'a> {
             let row = &self.component.rows[member.address.row];
             let whole = member.address.namespace > 0;
             let inside = whole || claimed.contains_key(&member.key.path);
-            if row.op == Op::Only || (!inside && member.module.get(Slot::DiffB).is_none()) {
+            if row.op == Op::Only {
+                rest.push(self.parameter(member));
+            } else if !inside && member.module.get(Slot::DiffB).is_none() {
                 rest.push(member);
             } else if !inside {
                 rest.extend(self.take_bias(member));
@@ -201,6 +203,15 @@ impl<'a> Assembler<'_, '_, 'a> {
             };
             component.instances_of(&layer.name).into_iter().map(named)
         })
+    }
+
+    /// A parameter that replaces one of the quantized model is of the model's own type.
+    fn parameter<'m>(&self, mut member: Member<'m>) -> Member<'m> {
+        let dtype = self.base.layers().values().find_map(|l| l.dtype).unwrap_or(self.dtype);
+        let tensors = std::mem::take(&mut member.module.tensors);
+        let typed = |t: Tensor| if t.dtype().is_float() { t.cast(dtype) } else { t };
+        member.module.tensors = tensors.into_iter().map(|(slot, t)| (slot, typed(t))).collect();
+        member
     }
 
     /// The bias of a module outside the layers is a vector of its own; the rest of the module comes back.
@@ -309,11 +320,9 @@ impl<'a> Assembler<'_, '_, 'a> {
         if parts.iter().all(Option::is_none) {
             return Ok(None);
         }
-        if let (Some(fed), Some(values)) = (layer.values, parts.last_mut().and_then(Option::as_mut)) {
-            let fed = self.base.layer(&self.native.layers[fed].name.render(variables));
-            if let Some(Smoothing::Fused(factor)) = fed.map(|l| &l.smoothing) {
-                divide_rows(values, factor);
-            }
+        let values = parts.last_mut().and_then(Option::as_mut);
+        if let (Some(factor), Some(values)) = (self.base.folded_into(self.native, layer, variables), values) {
+            divide_rows(values, factor);
         }
         let mut module = match parts.as_slice() {
             [Some(one)] => one.tightened(),
@@ -420,7 +429,12 @@ impl<'a> Assembler<'_, '_, 'a> {
                 Some(parts) => Tensor::sum(&parts.iter().map(|(_, t)| t.clone()).collect::<Vec<_>>()),
                 None => Tensor::zeros(dtype, vec![rows]),
             };
-            let parts: Vec<Tensor> = paths.iter().zip(&layer.outputs).map(part).collect();
+            let mut parts: Vec<Tensor> = paths.iter().zip(&layer.outputs).map(part).collect();
+            if let (Some(factor), Some(values)) =
+                (self.base.folded_into(self.native, layer, &variables), parts.last_mut())
+            {
+                *values = divide_vector(values, factor);
+            }
             let key = format!("{}.bias", vector.render(&variables));
             for (term, _) in paths.iter().filter_map(|p| biases.remove(p)).flatten() {
                 self.vectors[term].insert(key.clone());

@@ -174,6 +174,16 @@ impl Base {
         self.layers.get(name)
     }
 
+    /// What the values of attention are divided by before they reach the layer behind it, if that is folded into the
+    /// last part of this layer.
+    pub(crate) fn folded_into(&self, native: &Native, layer: &Layer, variables: &[u32]) -> Option<&[f64]> {
+        let fed = self.layer(&native.layers[layer.values?].name.render(variables))?;
+        match &fed.smoothing {
+            Smoothing::Fused(factor) => Some(factor),
+            _ => None,
+        }
+    }
+
     /// Names and layers.
     pub fn layers(&self) -> &BTreeMap<String, BaseLayer> {
         &self.layers

@@ -10,7 +10,7 @@ use super::assemble::Layout;
 use super::base::{Base, BaseLayer, Smoothing};
 use super::manifest::{Entry, Manifest};
 use super::pack::{Branch, Side, TILE, unpack};
-use super::scaling::{divide_columns, multiply_rows};
+use super::scaling::{divide_columns, multiply_rows, multiply_vector};
 use crate::adapter::{Adapter, Address, ModuleKey, Placed};
 use crate::decode::decode;
 use crate::detect::Given;
@@ -55,8 +55,17 @@ pub struct Branches {
     pub(crate) owned: Vec<bool>,
     native: usize,
     layers: Vec<Found>,
-    /// Bias differences: canonical paths with their rows, and the tensor.
-    vectors: Vec<(Vec<(String, usize)>, usize)>,
+    vectors: Vec<Vector>,
+}
+
+/// A bias difference of a file.
+struct Vector {
+    /// The canonical modules that it belongs to, with their rows.
+    parts: Vec<(String, usize)>,
+    /// The layer, if it is that of one.
+    layer: Option<(usize, Variables)>,
+    /// The tensor.
+    index: usize,
 }
 
 /// The branches of a file, if it has any.
@@ -104,10 +113,11 @@ fn find(registry: &Registry, source: &Source, native: &Native) -> Option<Branche
     let mut vectors = Vec::new();
     for (index, info) in source.tensors().iter().enumerate() {
         let Some(path) = info.name.strip_suffix(".bias").filter(|_| info.shape.len() == 1) else { continue };
-        let parts = match native.find_vector(component, path) {
+        let layer = native.find_vector(component, path);
+        let parts = match &layer {
             Some((layer, variables)) => {
-                let layer = &native.layers[layer];
-                layer.modules.iter().map(|m| m.render(&variables)).zip(layer.outputs.iter().copied()).collect()
+                let layer = &native.layers[*layer];
+                layer.modules.iter().map(|m| m.render(variables)).zip(layer.outputs.iter().copied()).collect()
             }
             None => match component.canonical(path) {
                 Some((row, part, _)) => vec![(path.to_owned(), component.rows[row].outputs[part])],
@@ -115,7 +125,7 @@ fn find(registry: &Registry, source: &Source, native: &Native) -> Option<Branche
             },
         };
         owned[index] = true;
-        vectors.push((parts, index));
+        vectors.push(Vector { parts, layer, index });
     }
     let layers = layers.into_values().collect();
     Some(Branches { dialect: 0, family: native.family, owned, native: 0, layers, vectors })
@@ -207,8 +217,11 @@ impl Branches {
                 }
             }
         }
-        for (parts, index) in &self.vectors {
-            if let Err(problem) = vector(adapter, native.component, parts, *index) {
+        for found in &self.vectors {
+            let factor = found.layer.as_ref().zip(reading.base);
+            let factor =
+                factor.and_then(|((l, variables), base)| base.folded_into(native, &native.layers[*l], variables));
+            if let Err(problem) = vector(adapter, native.component, found, factor) {
                 problems.push(problem);
             }
         }
@@ -268,11 +281,7 @@ impl Branches {
         if let Some(Smoothing::Fused(factor)) = held.map(|l| &l.smoothing) {
             divide_columns(&mut module, factor);
         }
-        let fed = layer.values.zip(base).and_then(|(l, b)| b.layer(&native.layers[l].name.render(&found.variables)));
-        let factor = match fed.map(|l| &l.smoothing) {
-            Some(Smoothing::Fused(factor)) => Some(factor.as_ref()),
-            _ => None,
-        };
+        let factor = base.and_then(|b| b.folded_into(native, layer, &found.variables));
         Ok(apart(layer, &found.variables, &module, factor))
     }
 }
@@ -377,7 +386,9 @@ fn add(adapter: &mut Adapter, component: usize, path: &str, module: Module) -> R
 }
 
 /// A bias difference, in the parts that its modules have.
-fn vector(adapter: &mut Adapter, component: usize, parts: &[(String, usize)], index: usize) -> Result<()> {
+fn vector(adapter: &mut Adapter, component: usize, found: &Vector, factor: Option<&[f64]>) -> Result<()> {
+    let Vector { parts, index, .. } = found;
+    let index = *index;
     let source = Arc::clone(&adapter.source);
     let key = source.tensors()[index].name.as_str();
     let whole = Tensor::input(&source, index);
@@ -404,9 +415,12 @@ fn vector(adapter: &mut Adapter, component: usize, parts: &[(String, usize)], in
         return Ok(());
     }
     let mut at = 0;
-    for (path, rows) in parts {
-        let bias = whole.slice_rows(at..at + rows);
+    for (number, (path, rows)) in parts.iter().enumerate() {
+        let mut bias = whole.slice_rows(at..at + rows);
         at += rows;
+        if let Some(factor) = factor.filter(|_| number + 1 == parts.len()) {
+            bias = multiply_vector(&bias, factor);
+        }
         let key = ModuleKey { component, path: path.clone() };
         if let Some(placed) = adapter.modules.get_mut(&key) {
             placed.module.tensors.insert(Slot::DiffB, bias);

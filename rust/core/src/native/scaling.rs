@@ -35,9 +35,24 @@ fn columns(module: &mut Module, factor: impl ExactSizeIterator<Item = f64>) {
 fn rows(module: &mut Module, factor: impl ExactSizeIterator<Item = f64>) {
     *module = module.tightened();
     if let Some(up) = module.tensors.get_mut(&Slot::Up) {
-        let vector = float64(vec![factor.len(), 1], factor);
-        *up = Tensor::product(up, &vector, Pairing::Same, Pairing::Cross).cast(up.dtype());
+        *up = by_rows(up, factor);
     }
+}
+
+/// Element n of a vector times factor n.
+pub(super) fn multiply_vector(vector: &Tensor, factor: &[f64]) -> Tensor {
+    by_rows(vector, factor.iter().copied())
+}
+
+/// Element n of a vector divided by factor n.
+pub(super) fn divide_vector(vector: &Tensor, factor: &[f64]) -> Tensor {
+    by_rows(vector, factor.iter().map(|v| 1.0 / v))
+}
+
+fn by_rows(tensor: &Tensor, factor: impl ExactSizeIterator<Item = f64>) -> Tensor {
+    let column = float64(vec![factor.len(), 1], factor);
+    let product = Tensor::product(tensor, &column, Pairing::Same, Pairing::Cross);
+    product.cast(tensor.dtype()).reshaped(tensor.shape().to_vec())
 }
 
 /// A constant in float64, so that what is computed with it is rounded once.
