@@ -1,6 +1,7 @@
 //! Properties of the tables, over every row of every family and dialect.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use lorafmt_core::kind::Slot;
 use lorafmt_core::table::{Component, Op, Place, Registry, Row};
@@ -31,6 +32,50 @@ fn flux_has_all_its_layers() {
     assert_eq!(layers(clip, 0).iter().filter(|n| n.starts_with("text_model")).count(), 12 * 6);
     let t5 = &family.components[family.component("text_encoder_2").expect("has one")];
     assert_eq!(layers(t5, 0).len(), 24 * 7);
+}
+
+/// Every linear module of the quantized blocks has its place in the layers, all its inputs once, and every layer is
+/// found by its name.
+#[test]
+fn native_layers_cover_the_blocks() {
+    let registry = Registry::builtin();
+    for native in registry.dialects.iter().flat_map(|d| &d.natives) {
+        let component = &registry.families[native.family].components[native.component];
+        let mut columns: BTreeMap<String, Vec<Range<usize>>> = BTreeMap::new();
+        let mut names = BTreeSet::new();
+        for (number, layer) in native.layers.iter().enumerate() {
+            for v in component.instances_of(&layer.name) {
+                let name = layer.name.render(&v);
+                assert_eq!(native.find(component, &name).map(|(l, _)| l), Some(number), "{name}");
+                let vector = layer.vector.as_ref().map(|t| native.find_vector(component, &t.render(&v)));
+                assert!(vector.is_none_or(|found| found.map(|(l, _)| l) == Some(number)), "{name}");
+                assert!(names.insert(name), "a layer twice");
+                assert_eq!((layer.input % 16, layer.output() % 128), (0, 0));
+                for module in &layer.modules {
+                    let all = 0..layer.width;
+                    columns.entry(module.render(&v)).or_default().push(layer.columns.clone().unwrap_or(all));
+                }
+            }
+        }
+        for row in component.rows.iter().filter(|r| r.op != Op::Only) {
+            for template in &row.canonical {
+                for v in component.instances_of(template).iter().filter(|_| !template.bounds().is_empty()) {
+                    let mut parts = columns.remove(&template.render(v)).expect("a block's module is in a layer");
+                    parts.sort_by_key(|p| p.start);
+                    assert!(parts.windows(2).all(|w| w[0].end == w[1].start), "{}", template.render(v));
+                    assert_eq!(
+                        (parts[0].start, parts[parts.len() - 1].end),
+                        (0, row.inputs[0]),
+                        "{}",
+                        template.render(v)
+                    );
+                }
+            }
+        }
+        assert!(columns.is_empty(), "layers of unknown modules: {columns:?}");
+    }
+    let flux = &registry.dialects.iter().flat_map(|d| &d.natives).next().expect("one").layers;
+    assert_eq!(flux.iter().filter(|l| l.interleave.is_none()).count(), 8 + 4);
 }
 
 /// What a dialect writes for a layer must be read back as that layer, with every slot, whichever prefix is used.
