@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::detect::Detection;
+use crate::error::Result;
 use crate::io::Source;
 use crate::kind::Module;
-use crate::native::NativeInfo;
+use crate::native::{NativeInfo, needs_base};
 use crate::report::Warning;
 use crate::table::pattern::Variables;
 use crate::table::{Component, Family, Registry, Row};
@@ -77,6 +78,14 @@ impl Adapter {
     /// The row of a module.
     pub fn row(&self, key: &ModuleKey, address: &Address) -> &Row {
         &self.component(key.component).rows[address.row]
+    }
+
+    /// An error if its modules still hold the branches of a quantized base: their deltas are not the adapter's.
+    pub fn ensure_apart(&self) -> Result<()> {
+        match self.native.as_ref().is_some_and(|n| n.needs_base) {
+            true => Err(needs_base(self.source.path())),
+            false => Ok(()),
+        }
     }
 
     /// The name of a module with its component, for messages.

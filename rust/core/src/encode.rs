@@ -11,7 +11,7 @@ use crate::dtype::Dtype;
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Refusal, Slot};
 use crate::meta;
-use crate::native::{Assembled, NativeOptions, assemble, entry_name, needs_base};
+use crate::native::{Assembled, NativeOptions, assemble, entry_name};
 use crate::plan::{Fate, Output, Plan};
 use crate::report::Warning;
 use crate::table::pattern::{Template, Variables};
@@ -68,9 +68,8 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
     }
     let at_home = |source| options.native.as_ref().is_some_and(|n| n.base.is_within(source));
     for term in composition.terms() {
-        let source = &term.adapter.source;
-        if term.adapter.native.as_ref().is_some_and(|n| n.needs_base) && !at_home(source) {
-            return Err(needs_base(source.path()));
+        if !at_home(&term.adapter.source) {
+            term.adapter.ensure_apart()?;
         }
     }
     let ledger = Ledger::new(composition, dialect, options.lossy, options.strength);

@@ -164,6 +164,7 @@ impl Adapter {
     fn delta_into(&self, py: Python<'_>, name: &str, strength: f64, buffer: Buffer) -> PyResult<()> {
         enter(py, None, |control| {
             let (_, placed) = self.find(name)?;
+            self.inner.ensure_apart()?;
             source::delta_into(&placed.module, strength, &buffer, control)
         })
     }
