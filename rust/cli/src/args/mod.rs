@@ -171,8 +171,28 @@ pub(crate) fn command() -> clap::Command {
 pub(crate) fn parse(args: &[OsString]) -> Result<Cli, clap::Error> {
     let color = if crate::output::no_color() { ColorChoice::Never } else { color_wanted(args) };
     let mut command = command().color(color);
+    let args = args.iter().map(|arg| stdin_with_strength(arg));
     let matches = command.try_get_matches_from_mut(args)?;
     Cli::from_arg_matches(&matches).map_err(|e| e.format(&mut command))
+}
+
+/// What stands for `-` where a strength follows.
+const STDIN: &str = "<stdin>";
+
+/// `-:0.5` is standard input at a strength; clap would take it for flags.
+fn stdin_with_strength(arg: &OsStr) -> OsString {
+    match arg.to_str().and_then(|text| text.strip_prefix("-:")) {
+        Some(strength) => format!("{STDIN}:{strength}").into(),
+        None => arg.to_owned(),
+    }
+}
+
+/// A source as it was typed.
+pub(crate) fn typed(source: &OsStr) -> OsString {
+    match source.to_str().and_then(|text| text.strip_prefix(STDIN)) {
+        Some(strength) if strength.starts_with(':') => format!("-{strength}").into(),
+        _ => source.to_owned(),
+    }
 }
 
 /// What `--color` says, for the help text, which is printed before arguments are understood.

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::writing::{Job, native_options, open_base, options};
 use super::{Context, strengths};
 use crate::ExitStatus;
-use crate::args::{ComposeArgs, DtypeArg, LayoutArg};
+use crate::args::{ComposeArgs, DtypeArg, LayoutArg, typed};
 use crate::output::{Converted, Progress};
 use crate::sources::{Found, Input};
 use crate::targets;
@@ -104,7 +104,7 @@ fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients
         ingredients.add(&file(&lora.path), lora.strength);
     }
     for source in &args.sources {
-        let (path, number) = split_strength(source);
+        let (path, number) = split_strength(&typed(source));
         // An error about the number names the source; one about a place does not.
         Strength::uniform(number).check().map_err(|e| e.at(&path))?;
         if path.as_os_str() == "-" && ingredients.inputs.iter().any(Input::is_stdin) {

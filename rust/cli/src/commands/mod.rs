@@ -192,6 +192,8 @@ impl Tally {
         let all = done + self.failed + self.interrupted;
         match (self.failed, self.interrupted) {
             (0, 0) => String::new(),
+            // The error has said all.
+            (1, 0) if all == 1 => String::new(),
             (failed, 0) => format!("{done} of {all} files done, {failed} failed\n"),
             (_, _) => format!("interrupted: {done} of {all} files done\n"),
         }

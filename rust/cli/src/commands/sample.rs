@@ -1,11 +1,11 @@
 use std::sync::Arc;
 
+use lorafmt_core::Result;
 use lorafmt_core::cast::Loss;
 use lorafmt_core::io::{Layout, Source, WriteOptions, write_file, write_to};
 use lorafmt_core::plan::Output;
 use lorafmt_core::sample::{SampleOptions, sample};
 use lorafmt_core::tensor::Tensor;
-use lorafmt_core::Result;
 
 use super::Context;
 use crate::args::SampleArgs;

@@ -54,7 +54,9 @@ fn open(task: &Task<'_>, input: &Input) -> Result<Vec<Part>> {
     }
     let source = Arc::new(input.open()?);
     let inside = disassemble(&task.registry, &source, task.base.clone()).map_err(|e| match e.code() {
-        Code::InvalidArgument => e.hint("only files for a quantized model are split; convert this one without `--split`"),
+        Code::InvalidArgument => {
+            e.hint("only files for a quantized model are split; convert this one without `--split`")
+        }
         _ => e,
     })?;
     let dialect = &task.registry.dialects[task.registry.dialect(&task.args.to)?];
@@ -110,7 +112,10 @@ mod tests {
     fn names_of_files_are_safe_and_differ() {
         let names = |names: &[&str]| file_names(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>());
         assert_eq!(names(&["style", "face v2"]), ["style", "face v2"]);
-        assert_eq!(names(&["../../etc/x", "a\\b:c", "\u{1b}[31m", ".hidden"]), ["_.._etc_x", "a_b_c", "__31m", "hidden"]);
+        assert_eq!(
+            names(&["../../etc/x", "a\\b:c", "\u{1b}[31m", ".hidden"]),
+            ["_.._etc_x", "a_b_c", "__31m", "hidden"]
+        );
         assert_eq!(names(&["a", "A", "a"]), ["a", "A-2", "a-3"]);
         assert_eq!(names(&["a", "a-3", "a", "", "4"]), ["a", "a-3", "a-3-2", "4", "4-5"]);
         assert!(names(&["\u{fc}".repeat(300).as_str()])[0].len() <= LONGEST);

@@ -96,9 +96,9 @@ impl Job<'_> {
         let write = |target: Target<'_>| convert::convert(composition, self.options, target, &control);
         let result = match self.goal {
             Goal::Stdout => output::binary().and_then(|mut out| write(Target::Stream(&mut out))),
-            Goal::File(path) => self
-                .make_folder(path)
-                .and_then(|()| write(Target::File(path, WriteOptions { overwrite: self.force }))),
+            Goal::File(path) => {
+                self.make_folder(path).and_then(|()| write(Target::File(path, WriteOptions { overwrite: self.force })))
+            }
         };
         progress.end(&control);
         Ok(self.converted(composition, result?))

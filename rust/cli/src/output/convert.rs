@@ -131,7 +131,8 @@ impl Converted {
 fn by_place(strength: &Strength) -> String {
     let encoders = strength.text_encoders.map(|s| format!("text encoders {}", number(s)));
     let components = strength.components.iter().map(|(name, s)| format!("{} {}", clean(name), number(*s)));
-    let blocks = strength.blocks.iter().map(|(selector, s)| format!("{} x{}", clean(&selector.to_string()), number(*s)));
+    let blocks =
+        strength.blocks.iter().map(|(selector, s)| format!("{} x{}", clean(&selector.to_string()), number(*s)));
     let places: Vec<String> = encoders.into_iter().chain(components).chain(blocks).collect();
     if places.is_empty() { String::new() } else { format!("  ({})", places.join(", ")) }
 }
