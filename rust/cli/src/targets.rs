@@ -29,11 +29,24 @@ pub(crate) fn choose(args: &ConvertArgs, found: &Found, dialect: &str) -> Result
         Some(path) => found.inputs.iter().map(|_| explicit(path)).collect::<Result<_>>()?,
         None => found.inputs.iter().map(|i| by_name(i, args.out_dir.as_deref(), dialect)).collect::<Result<_>>()?,
     };
-    if let Some(folder) = args.out_dir.as_deref().filter(|d| d.exists() && !d.is_dir()) {
-        return Err(usage("`--out-dir` names a file", "name a folder").at(folder));
-    }
-    refuse_collisions(&found.inputs, &goals)?;
+    refuse_collisions(found.inputs.iter().zip(&goals))?;
     Ok(goals)
+}
+
+/// What holds for every command: nothing is written over what is read, and standard output takes one thing only.
+pub(crate) fn check(goals: &[Goal], dry_run: bool, json: bool, inputs: &[Option<&Path>]) -> Result<()> {
+    if json && !dry_run && goals.contains(&Goal::Stdout) {
+        return Err(usage("`--json` and `-o -` both write to standard output", "name a file with `-o`"));
+    }
+    let inputs: BTreeSet<PathBuf> = inputs.iter().flatten().filter_map(|path| path.canonicalize().ok()).collect();
+    goals.iter().try_for_each(|goal| refuse_inputs(goal, &inputs))
+}
+
+pub(crate) fn folder(path: Option<&Path>) -> Result<()> {
+    match path.filter(|d| d.exists() && !d.is_dir()) {
+        Some(file) => Err(usage("`--out-dir` names a file", "name a folder").at(file)),
+        None => Ok(()),
+    }
 }
 
 pub(crate) fn explicit(path: &Path) -> Result<Goal> {
@@ -48,24 +61,24 @@ pub(crate) fn explicit(path: &Path) -> Result<Goal> {
     Ok(Goal::File(path.to_path_buf()))
 }
 
-fn by_name(input: &Input, out_dir: Option<&Path>, dialect: &str) -> Result<Goal> {
+/// `{stem}.{ending}.safetensors`, beside the input or below a folder.
+pub(crate) fn by_name(input: &Input, out_dir: Option<&Path>, ending: &str) -> Result<Goal> {
     if input.is_stdin() {
         return Err(usage("standard input has no name to make the output's from", "name the output with `-o`"));
     }
     let (beside, mut name) = input.place();
-    name.push(format!(".{dialect}.safetensors"));
+    name.push(format!(".{ending}.safetensors"));
     let folder = out_dir.map_or(beside, |d| d.join(&input.below));
     Ok(Goal::File(folder.join(name)))
 }
 
-fn refuse_collisions(inputs: &[Input], goals: &[Goal]) -> Result<()> {
-    let sources: BTreeSet<PathBuf> = inputs.iter().filter_map(|i| i.path.canonicalize().ok()).collect();
+/// Outputs of several inputs are all different, and none of them is an input.
+pub(crate) fn refuse_collisions<'a>(pairs: impl Iterator<Item = (&'a Input, &'a Goal)> + Clone) -> Result<()> {
+    let sources: BTreeSet<PathBuf> = pairs.clone().filter_map(|(i, _)| i.path.canonicalize().ok()).collect();
     let mut taken: BTreeMap<PathBuf, &Input> = BTreeMap::new();
-    for (input, goal) in inputs.iter().zip(goals) {
+    for (input, goal) in pairs {
+        refuse_inputs(goal, &sources)?;
         let Goal::File(path) = goal else { continue };
-        if path.is_file() && path.canonicalize().is_ok_and(|p| sources.contains(&p)) {
-            return Err(Error::new(Code::SameFile, "the output is one of the inputs").at(path));
-        }
         let whole = std::path::absolute(path).unwrap_or_else(|_| path.clone());
         if let Some(other) = taken.insert(whole, input) {
             let (one, two) = (other.path.display(), input.path.display());
@@ -74,4 +87,13 @@ fn refuse_collisions(inputs: &[Input], goals: &[Goal]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn refuse_inputs(goal: &Goal, inputs: &BTreeSet<PathBuf>) -> Result<()> {
+    match goal {
+        Goal::File(path) if path.is_file() && path.canonicalize().is_ok_and(|p| inputs.contains(&p)) => {
+            Err(Error::new(Code::SameFile, "the output is one of the inputs").at(path))
+        }
+        _ => Ok(()),
+    }
 }

@@ -17,7 +17,7 @@ use crate::kind::{Kind, Module, Refusal};
 use crate::native::manifest::Entry;
 use crate::plan::{Digest, Fate, Output, Plan};
 use crate::report::{AlphaCount, Fidelity, Warning};
-use crate::strength::Strength;
+use crate::strength::{Selector, Strength};
 use crate::table::Dialect;
 use crate::tensor::Tensor;
 
@@ -56,6 +56,11 @@ impl<'a> Term<'a> {
                 (Some(format!("sha256:{}", digest.placeholder)), Some(digest))
             }
         }
+    }
+
+    /// Whether it is one of several adapters that its file was composed of.
+    pub(crate) fn is_part(&self) -> bool {
+        self.origin.is_some()
     }
 
     /// The strength that its numbers have by now: a number, or an object of numbers by place.
@@ -284,8 +289,12 @@ impl<'a> Ledger<'a> {
             }
         }
         let terms = &self.composition.terms;
-        let mut selectors: Vec<_> = terms.iter().flat_map(|t| t.strength.blocks.iter().map(|(s, _)| s)).collect();
-        selectors.dedup();
+        let mut selectors: Vec<&Selector> = Vec::new();
+        for (selector, _) in terms.iter().flat_map(|t| &t.strength.blocks) {
+            if !selectors.contains(&selector) {
+                selectors.push(selector);
+            }
+        }
         for selector in selectors {
             let hit = |t: &Term<'_>| {
                 t.adapter
@@ -359,6 +368,12 @@ impl<'a> Ledger<'a> {
     /// The plan, with all that was noted on the way; `used` modules are where loaders of the target read them.
     pub(crate) fn close(mut self, mut plan: Plan, unknown: Unknown, used: usize) -> Result<Plan> {
         self.unknown_keys(unknown, &mut plan.outputs)?;
+        if used == 0 && self.zero.iter().any(|n| *n > 0) && self.lost.is_empty() {
+            let hint = "give at least one adapter a strength that is not 0";
+            return Err(Error::new(Code::NoModules, "every module has strength 0: nothing would be written")
+                .at(self.composition.first().source.path())
+                .hint(hint));
+        }
         if used == 0 {
             let message = format!("no module has a place in `{}`: nothing would be written", self.dialect.name);
             return Err(Error::new(Code::NoModules, message).at(self.composition.first().source.path()));

@@ -162,7 +162,11 @@ pub fn convert(
 
 /// The report of a plan that has not been carried out; `bytes` is the size of the file to be.
 pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: usize) -> Report {
-    let term = |t: &Term<'_>| SourceReport { strength: t.strength.everywhere(), ..describe(t.adapter) };
+    let term = |t: &Term<'_>| SourceReport {
+        name: Some(t.name.clone()),
+        strength: t.strength.everywhere(),
+        ..describe(t.adapter)
+    };
     Report {
         schema: 1,
         source: describe(composition.first()),
@@ -233,6 +237,7 @@ pub fn describe(adapter: &Adapter) -> SourceReport {
         family: adapter.family_table().name.clone(),
         kind: kind_name(adapter).to_owned(),
         sha256: None,
+        name: adapter.native.as_ref().and_then(|n| n.entry.as_ref()).map(|e| e.name.clone()),
         strength: None,
     }
 }

@@ -66,7 +66,9 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
         let message = format!("`{}` cannot be written for {}", dialect.name, adapter.family_table().name);
         return Err(Error::new(Code::UnsupportedTarget, message));
     }
-    let at_home = |source| options.native.as_ref().is_some_and(|n| n.base.is_within(source));
+    // The branches that a file carries in itself are enough to write it anew behind them, and for nothing else.
+    let behind = options.native.as_ref().filter(|_| dialect.native(adapter.family).is_some());
+    let at_home = |source| behind.is_some_and(|n| n.base.is_within(source));
     for term in composition.terms() {
         if !at_home(&term.adapter.source) {
             term.adapter.ensure_apart()?;
@@ -432,8 +434,8 @@ impl<'a> Encoder<'a> {
 
     fn finish(mut self, spelled: Vec<Spelled<'a>>) -> Result<Plan> {
         let mut used = spelled.iter().filter(|s| !s.place.carried).count();
-        let alphas_kept = self.dialect.alpha == AlphaPolicy::Tensor && self.options.strength == 1.0;
-        let metadata = meta::of(self.ledger.composition, alphas_kept);
+        let alpha_tensors = self.dialect.alpha == AlphaPolicy::Tensor;
+        let metadata = meta::of(self.ledger.composition, alpha_tensors, self.options.strength);
         let mut plan = Plan { modules: spelled.len(), ..Plan::of_outputs(Vec::new(), metadata) };
         if let Some(branches) = self.branches.take() {
             used += branches.modules;

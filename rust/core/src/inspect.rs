@@ -9,7 +9,7 @@ use crate::convert::kind_name;
 use crate::error::Error;
 use crate::kind::{Kind, Slot};
 use crate::native::NativeInfo;
-use crate::native::manifest::Entry;
+use crate::native::manifest::{Entry, Manifest};
 use crate::report::{AlphaCount, Warning};
 use crate::table::Registry;
 
@@ -31,6 +31,9 @@ pub struct Loader {
     pub loads: String,
     /// The dialect to convert to, where another one loads better.
     pub convert_to: Option<String>,
+    /// Whether that takes the quantized base: to come behind its branches, or to take them off.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub needs_base: bool,
 }
 
 /// What a file is.
@@ -96,8 +99,12 @@ pub struct Native {
     pub precision: Option<String>,
     /// Where each adapter's ranks start.
     pub layout: Option<String>,
+    /// Layers by rank of the base's own branch; empty if the file does not say.
+    pub base_ranks: BTreeMap<usize, usize>,
     /// Layers by total rank, the base's included.
     pub ranks: BTreeMap<usize, usize>,
+    /// Whether its adapters can be read only with the base.
+    pub needs_base: bool,
     /// The adapters inside.
     pub adapters: Vec<NativeAdapter>,
 }
@@ -132,9 +139,19 @@ fn native(info: &NativeInfo) -> Native {
         base: manifest.map(|m| m.base.name.clone()),
         precision: manifest.and_then(|m| m.base.precision.clone()),
         layout: manifest.map(|m| m.layout.clone()),
+        base_ranks: manifest.map(|m| base_ranks(info, m)).unwrap_or_default(),
         ranks: info.ranks.clone(),
+        needs_base: info.needs_base,
         adapters: manifest.map(|m| m.adapters.iter().map(adapter).collect()).unwrap_or_default(),
     }
+}
+
+fn base_ranks(info: &NativeInfo, manifest: &Manifest) -> BTreeMap<usize, usize> {
+    let mut ranks = BTreeMap::new();
+    for rank in info.layers.iter().map(|layer| manifest.base.rank(layer)).filter(|r| *r > 0) {
+        *ranks.entry(rank).or_default() += 1;
+    }
+    ranks
 }
 
 /// Describes an adapter as it was read, with the problems met on the way.
@@ -219,8 +236,12 @@ fn loaders(registry: &Registry, adapter: &Adapter) -> Vec<Loader> {
             registry.dialects[d].writes(adapter.family)
                 && says(d).is_some_and(|m| m.get(name).is_some_and(|t| t == "yes"))
         });
-        let convert_to = better.filter(|_| loads != "yes").map(|d| registry.dialects[d].name.clone());
-        Loader { name: name.clone(), loads, convert_to }
+        let better = better.filter(|_| loads != "yes");
+        let taken_off = adapter.native.as_ref().is_some_and(|n| n.needs_base);
+        let behind = |d: usize| registry.dialects[d].native(adapter.family).is_some();
+        let needs_base = better.is_some_and(|d| taken_off || behind(d));
+        let convert_to = better.map(|d| registry.dialects[d].name.clone());
+        Loader { name: name.clone(), loads, convert_to, needs_base }
     };
     names.into_iter().map(answer).collect()
 }

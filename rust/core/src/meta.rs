@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::alpha::is_alpha_metadata;
 use crate::compose::{Composition, Term};
+use crate::native::manifest;
 
 /// The entry in which a composition says what it was made of.
 const COMPOSED: &str = "lorafmt.composed";
@@ -22,7 +23,7 @@ pub fn carry(metadata: &[(String, String)], alphas_kept: bool) -> Vec<(String, S
     let untrue = |key: &str| {
         let tail = key.rsplit('.').next().unwrap_or(key);
         let about_scale = is_alpha_metadata(key) || RANKS.contains(&tail);
-        HASHES.contains(&key) || (about_scale && !(alphas_kept && key.starts_with("ss_")))
+        HASHES.contains(&key) || key == manifest::KEY || (about_scale && !(alphas_kept && key.starts_with("ss_")))
     };
     let mut out: Vec<(String, String)> = metadata.iter().filter(|(k, _)| !untrue(k)).cloned().collect();
     // Loaders of the torch world ask for it.
@@ -32,11 +33,16 @@ pub fn carry(metadata: &[(String, String)], alphas_kept: bool) -> Vec<(String, S
     out
 }
 
-/// The metadata of a composition: of several files, the entries on which all agree, and what it was made of.
-pub(crate) fn of(composition: &Composition<'_>, alphas_kept: bool) -> Vec<(String, String)> {
+/// The metadata of a composition at a strength: of several files, the entries on which all agree, and what it was made
+/// of. `alpha_tensors` says whether every module keeps its alpha.
+pub(crate) fn of(composition: &Composition<'_>, alpha_tensors: bool, strength: f64) -> Vec<(String, String)> {
     let first = composition.first().source.metadata();
-    if composition.terms().len() == 1 {
-        return carry(first, alphas_kept);
+    if let [term] = composition.terms() {
+        // Of a part, or at another strength, it would say what is not so any more.
+        let same = !term.is_part() && strength == 1.0 && term.strength.everywhere() == Some(1.0);
+        let mut out = carry(first, alpha_tensors && same);
+        out.retain(|(key, _)| same || key != COMPOSED);
+        return out;
     }
     let agreed = |entry: &&(String, String)| composition.sources().iter().all(|s| s.metadata().contains(entry));
     let mut out = carry(&first.iter().filter(agreed).cloned().collect::<Vec<_>>(), false);

@@ -91,6 +91,9 @@ pub struct SourceReport {
     pub kind: String,
     /// SHA-256 of the file; only computed when asked for.
     pub sha256: Option<String>,
+    /// Its name in a composition: that of the file, or of the adapter inside a native one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
     /// Its strength in a composition, where that is one number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub strength: Option<f64>,

@@ -50,7 +50,7 @@ fn write(adapter: &lorafmt_core::adapter::Adapter, to: &str, lossy: bool) -> (Ve
 
 fn read(registry: &Arc<Registry>, bytes: &[u8]) -> lorafmt_core::adapter::Adapter {
     let source = Source::from_bytes(Path::new("memory"), Box::new(bytes.to_vec())).expect("valid file");
-    open(registry, source, &ConvertOptions::default()).expect("readable")
+    open(registry, source, &ConvertOptions::default(), None).expect("readable")
 }
 
 #[test]
@@ -66,8 +66,8 @@ fn a_dialect_given_as_text_round_trips_a_file() {
         top_level: true,
         text_encoders: false,
     };
-    let kohya =
-        open(&registry, sample(&registry, &options).expect("sample"), &ConvertOptions::default()).expect("readable");
+    let kohya = open(&registry, sample(&registry, &options).expect("sample"), &ConvertOptions::default(), None)
+        .expect("readable");
     // Only single blocks and the final modulation have names in it.
     let (bytes, report) = write(&kohya, "acme", true);
     assert!(report.tensors.dropped > 0 && report.tensors.used > 0 && report.tensors.unknown == 0);
@@ -119,7 +119,7 @@ fn a_module_of_which_only_some_parts_can_be_cut_is_refused_whole() {
     };
     let tensors = vec![tensor("fused.abc.w1", vec![3, 1]), tensor("fused.abc.w2", vec![4, 2])];
     let source = Source::from_tensors(Path::new("toy"), vec![], tensors).expect("sizes fit");
-    let adapter = open(&registry, source, &ConvertOptions::default()).expect("readable");
+    let adapter = open(&registry, source, &ConvertOptions::default(), None).expect("readable");
     let to = |to: &str, lossy| {
         let options = ConvertOptions { to: to.to_owned(), lossy, ..ConvertOptions::default() };
         convert(&Composition::of(&adapter), &options, Target::Nowhere, &Control::default())

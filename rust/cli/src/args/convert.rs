@@ -1,16 +1,15 @@
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
-use lorafmt_core::dtype::Dtype;
+use clap::Args;
 
-use super::{Inputs, NativeArgs, Reading};
+use super::{Inputs, NativeArgs, Reading, Writing};
 
 const EXAMPLES: &str = "\
 Examples:
   lorafmt convert style.safetensors --to diffusers
   lorafmt convert style.safetensors --to peft -o style-peft
   lorafmt convert -r loras --to comfyui --out-dir converted --dtype bf16
-  lorafmt convert style.safetensors --to kohya --dry-run";
+  lorafmt convert style.safetensors --to nunchaku --base svdq.safetensors";
 
 /// Turn adapters of any dialect into another one
 ///
@@ -30,78 +29,19 @@ pub(crate) struct ConvertArgs {
     /// Write into this folder, which is made if missing
     #[arg(long, value_name = "DIR", value_hint = clap::ValueHint::DirPath)]
     pub(crate) out_dir: Option<PathBuf>,
+    /// Write the adapters inside a native file to a file each
+    ///
+    /// The files are `{stem}.{name of the adapter}.{dialect}.safetensors`. What the metadata says of the ranks tells the
+    /// adapters apart; the strengths they were composed at stay in them.
+    #[arg(long, conflicts_with = "output")]
+    pub(crate) split: bool,
     #[command(flatten)]
     pub(crate) reading: Reading,
-    /// The element type of the factors
-    #[arg(long, value_enum, default_value = "keep", value_name = "TYPE")]
-    pub(crate) dtype: DtypeArg,
     /// Multiply the effect of the adapter
     #[arg(long, default_value_t = 1.0, value_name = "S", allow_negative_numbers = true)]
     pub(crate) strength: f64,
-    /// What to do with keys that no table knows
-    #[arg(long, value_enum, default_value = "error", value_name = "HOW")]
-    pub(crate) unknown: UnknownArg,
-    /// Whether to leave out what the target cannot hold
-    #[arg(long, value_enum, default_value = "error", value_name = "HOW")]
-    pub(crate) lossy: LossyArg,
-    /// Write LoHa and LoKr as LoRA where that is exact and takes at most N ranks
-    #[arg(long, value_name = "N")]
-    pub(crate) max_rank: Option<usize>,
-    /// Widen the inputs of modules that come in several widths to N, with zeros
-    #[arg(long, value_name = "N")]
-    pub(crate) widen: Option<usize>,
+    #[command(flatten)]
+    pub(crate) writing: Writing,
     #[command(flatten)]
     pub(crate) native: NativeArgs,
-    /// Print the plan and write nothing
-    #[arg(short = 'n', long)]
-    pub(crate) dry_run: bool,
-    /// Replace existing outputs
-    #[arg(long)]
-    pub(crate) force: bool,
-}
-
-/// An element type of an output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum DtypeArg {
-    /// That of the input
-    Keep,
-    /// bfloat16
-    #[value(alias = "bfloat16")]
-    Bf16,
-    /// float16
-    #[value(alias = "f16", alias = "float16")]
-    Fp16,
-    /// float32
-    #[value(alias = "f32", alias = "float32")]
-    Fp32,
-}
-
-impl DtypeArg {
-    /// `None` for that of the input.
-    pub(crate) fn dtype(self) -> Option<Dtype> {
-        match self {
-            DtypeArg::Keep => None,
-            DtypeArg::Bf16 => Some(Dtype::BF16),
-            DtypeArg::Fp16 => Some(Dtype::F16),
-            DtypeArg::Fp32 => Some(Dtype::F32),
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum UnknownArg {
-    /// Stop
-    Error,
-    /// Leave them out
-    Drop,
-    /// Carry them under their own names
-    Keep,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LossyArg {
-    /// Stop
-    Error,
-    /// Leave it out and say so
-    Allow,
 }

@@ -8,6 +8,7 @@ const EXAMPLES: &str = "\
 Examples:
   lorafmt diff style.safetensors style.diffusers.safetensors
   lorafmt diff a.safetensors b.safetensors --tolerance 1e-2
+  lorafmt diff a.safetensors a.nunchaku.safetensors --base svdq.safetensors
   lorafmt diff a.safetensors b.safetensors --json | jq .max_relative_error";
 
 /// Compare two adapters by their effect, module by module
@@ -28,4 +29,9 @@ pub(crate) struct DiffArgs {
     pub(crate) tolerance: f64,
     #[command(flatten)]
     pub(crate) reading: Reading,
+    /// The quantized checkpoint behind a native file; its branches are no part
+    ///
+    /// Needed for native files that lack metadata, and for those whose base smooths the outputs of attention.
+    #[arg(long, value_name = "BASE", value_hint = clap::ValueHint::FilePath)]
+    pub(crate) base: Option<PathBuf>,
 }

@@ -2,6 +2,7 @@
 
 mod check;
 mod completions;
+mod compose;
 mod convert;
 mod detect;
 mod diff;
@@ -10,6 +11,9 @@ mod inspect;
 mod man;
 mod native;
 mod sample;
+mod scale;
+mod strength;
+mod writing;
 
 use std::ffi::{OsStr, OsString};
 use std::num::NonZeroUsize;
@@ -19,20 +23,25 @@ use clap::{ArgAction, Args, ColorChoice, CommandFactory, FromArgMatches, Parser,
 
 pub(crate) use check::CheckArgs;
 pub(crate) use completions::CompletionsArgs;
-pub(crate) use convert::{ConvertArgs, LossyArg, UnknownArg};
+pub(crate) use compose::ComposeArgs;
+pub(crate) use convert::ConvertArgs;
 pub(crate) use detect::DetectArgs;
 pub(crate) use diff::DiffArgs;
 pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
-pub(crate) use native::{NativeArgs, PrecisionArg};
+pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
 pub(crate) use sample::SampleArgs;
+pub(crate) use scale::ScaleArgs;
+pub(crate) use strength::{Assignment, Places};
+pub(crate) use writing::{DtypeArg, LossyArg, UnknownArg, Writing};
 
 const EXAMPLES: &str = "\
 Examples:
   lorafmt inspect style.safetensors
   lorafmt convert style.safetensors --to diffusers
   lorafmt convert -r loras --to comfyui --out-dir converted
+  lorafmt compose style.safetensors:0.8 face.safetensors:0.5 -o both.safetensors
   lorafmt check *.safetensors --json";
 
 const MORE: &str = "\
@@ -40,6 +49,7 @@ Examples:
   lorafmt inspect style.safetensors
   lorafmt convert style.safetensors --to diffusers
   lorafmt convert -r loras --to comfyui --out-dir converted
+  lorafmt compose style.safetensors:0.8 face.safetensors:0.5 -o both.safetensors
   lorafmt check *.safetensors --json
 
 Exit status:
@@ -77,6 +87,8 @@ pub(crate) enum Command {
     Detect(DetectArgs),
     Check(CheckArgs),
     Convert(ConvertArgs),
+    Compose(ComposeArgs),
+    Scale(ScaleArgs),
     Diff(DiffArgs),
     Sample(SampleArgs),
     Formats(FormatsArgs),
@@ -120,7 +132,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, value_name = "N", env = "LORAFMT_NUM_THREADS", hide_env_values = true)]
     pub(crate) jobs: Option<NonZeroUsize>,
     /// Show no progress bars
-    #[arg(long, global = true, env = "LORAFMT_NO_PROGRESS", hide_env_values = true,
+    #[arg(long, global = true, env = "LORAFMT_NO_PROGRESS", hide_env_values = true, hide_short_help = true,
         value_parser = clap::builder::FalseyValueParser::new())]
     pub(crate) no_progress: bool,
     /// When to colour the output
@@ -159,8 +171,28 @@ pub(crate) fn command() -> clap::Command {
 pub(crate) fn parse(args: &[OsString]) -> Result<Cli, clap::Error> {
     let color = if crate::output::no_color() { ColorChoice::Never } else { color_wanted(args) };
     let mut command = command().color(color);
+    let args = args.iter().map(|arg| stdin_with_strength(arg));
     let matches = command.try_get_matches_from_mut(args)?;
     Cli::from_arg_matches(&matches).map_err(|e| e.format(&mut command))
+}
+
+/// What stands for `-` where a strength follows.
+const STDIN: &str = "<stdin>";
+
+/// `-:0.5` is standard input at a strength; clap would take it for flags.
+fn stdin_with_strength(arg: &OsStr) -> OsString {
+    match arg.to_str().and_then(|text| text.strip_prefix("-:")) {
+        Some(strength) => format!("{STDIN}:{strength}").into(),
+        None => arg.to_owned(),
+    }
+}
+
+/// A source as it was typed.
+pub(crate) fn typed(source: &OsStr) -> OsString {
+    match source.to_str().and_then(|text| text.strip_prefix(STDIN)) {
+        Some(strength) if strength.starts_with(':') => format!("-{strength}").into(),
+        _ => source.to_owned(),
+    }
 }
 
 /// What `--color` says, for the help text, which is printed before arguments are understood.

@@ -10,11 +10,11 @@ pub(crate) struct NativeArgs {
     /// The quantized checkpoint that a native adapter is for
     #[arg(long, value_name = "BASE", value_hint = clap::ValueHint::FilePath)]
     pub(crate) base: Option<PathBuf>,
-    /// Where each adapter's ranks start in a native file
-    #[arg(long, value_enum, default_value = "aligned", value_name = "LAYOUT")]
-    pub(crate) layout: LayoutArg,
+    /// Where each adapter's ranks start in a native file [default: aligned]
+    #[arg(long, value_enum, value_name = "LAYOUT", hide_short_help = true)]
+    pub(crate) layout: Option<LayoutArg>,
     /// Refuse a base that is quantized to something else
-    #[arg(long, value_enum, value_name = "PRECISION")]
+    #[arg(long, value_enum, value_name = "PRECISION", hide_short_help = true)]
     pub(crate) precision: Option<PrecisionArg>,
 }
 

@@ -1,34 +1,29 @@
-use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use lorafmt_core::adapter::Adapter;
-use lorafmt_core::compose::{Composition, Unknown};
-use lorafmt_core::convert::{self, ConvertOptions, Target, is_folder_name};
-use lorafmt_core::io::{Layout, WriteOptions};
-use lorafmt_core::native::{Base, NativeOptions};
-use lorafmt_core::report::{Report, Warning};
-use lorafmt_core::table::{AlphaPolicy, Dialect, Registry};
-use lorafmt_core::{Code, Error, Result};
+use lorafmt_core::Result;
+use lorafmt_core::compose::Composition;
+use lorafmt_core::convert::{self, ConvertOptions};
+use lorafmt_core::error::{Code, Error};
+use lorafmt_core::native::Base;
+use lorafmt_core::table::Registry;
 
-use super::Context;
-use crate::args::{ConvertArgs, LossyArg, NativeArgs, PrecisionArg, UnknownArg};
-use crate::output::{self, Converted, Progress};
+use super::writing::{Job, native_options, open_base, options};
+use super::{Context, split};
+use crate::ExitStatus;
+use crate::args::ConvertArgs;
+use crate::output::{Converted, Progress};
 use crate::sources::{self, Input};
 use crate::targets::{self, Goal};
-use crate::{ExitStatus, interrupt};
 
 /// What is the same for all files of a run.
-struct Task<'a> {
-    args: &'a ConvertArgs,
-    registry: Arc<Registry>,
-    options: ConvertOptions,
-    base: Option<Arc<Base>>,
-    /// Number of the dialect.
-    dialect: usize,
+pub(super) struct Task<'a> {
+    pub(super) args: &'a ConvertArgs,
+    pub(super) registry: Arc<Registry>,
+    pub(super) options: ConvertOptions,
+    pub(super) base: Option<Arc<Base>>,
     /// Whether the reports tell the hashes of the sources.
-    hashed: bool,
+    pub(super) hashed: bool,
 }
 
 pub(super) fn run(args: &ConvertArgs, context: &mut Context) -> Result<ExitStatus> {
@@ -38,130 +33,51 @@ pub(super) fn run(args: &ConvertArgs, context: &mut Context) -> Result<ExitStatu
     if !args.strength.is_finite() {
         return Err(Error::new(Code::InvalidArgument, format!("a strength of {} makes no sense", args.strength)));
     }
+    targets::folder(args.out_dir.as_deref())?;
     let found = sources::find(&args.inputs, args.out_dir.as_deref())?;
-    let goals = targets::choose(args, &found, &registry.dialects[dialect].name)?;
-    if context.out.json && !args.dry_run && goals.contains(&Goal::Stdout) {
-        let error = Error::new(Code::InvalidArgument, "`--json` and `-o -` both write to standard output");
-        return Err(error.hint("name a file with `-o`"));
+    let goals = match args.split {
+        true => Vec::new(),
+        false => targets::choose(args, &found, &registry.dialects[dialect].name)?,
+    };
+    targets::check(&goals, args.writing.dry_run, context.out.json, &[args.native.base.as_deref()])?;
+    let base = open_base(&registry, args.native.base.as_deref())?;
+    let options = ConvertOptions {
+        from: args.reading.from.clone(),
+        strength: args.strength,
+        native: native_options(&args.native, base.as_ref()),
+        ..options(&args.to, args.reading.family.as_ref(), &args.writing)
+    };
+    let task = Task { args, registry, options, base, hashed: context.out.json };
+    if args.split {
+        return split::run(&task, &found, context);
     }
-    let base = open_base(&registry, &args.native)?;
-    let options = options(args, base.as_ref());
-    let task = Task { args, registry, options, base, dialect, hashed: context.out.json };
     let work = |i: usize, input: &Input, progress: &Progress| task.convert(input, &goals[i], progress);
     Ok(context.answer_all(&found, context.out.view, work))
 }
 
-/// The base, opened once for all files.
-pub(super) fn open_base(registry: &Registry, args: &NativeArgs) -> Result<Option<Arc<Base>>> {
-    args.base.as_deref().map(|path| Base::open(registry, path).map(Arc::new)).transpose()
-}
-
-pub(super) fn native_options(args: &NativeArgs, base: Option<&Arc<Base>>) -> Option<NativeOptions> {
-    base.map(|base| NativeOptions {
-        base: Arc::clone(base),
-        layout: args.layout.layout(),
-        precision: args.precision.map(PrecisionArg::precision),
-        describe: true,
-    })
-}
-
-fn options(args: &ConvertArgs, base: Option<&Arc<Base>>) -> ConvertOptions {
-    ConvertOptions {
-        to: args.to.clone(),
-        from: args.reading.from.clone(),
-        family: args.reading.family.clone(),
-        dtype: args.dtype.dtype(),
-        strength: args.strength,
-        unknown: match args.unknown {
-            UnknownArg::Error => Unknown::Error,
-            UnknownArg::Drop => Unknown::Drop,
-            UnknownArg::Keep => Unknown::Keep,
-        },
-        lossy: args.lossy == LossyArg::Allow,
-        max_rank: args.max_rank,
-        width: args.widen,
-        native: native_options(&args.native, base),
-    }
-}
-
 impl Task<'_> {
-    fn dialect(&self) -> &Dialect {
-        &self.registry.dialects[self.dialect]
-    }
-
     fn convert(&self, input: &Input, goal: &Goal, progress: &Progress) -> Result<Converted> {
         let started = Instant::now();
         let adapter = convert::open(&self.registry, input.open()?, &self.options, self.base.clone())?;
-        let adapter = &adapter;
-        // Every byte is read for the hash; that takes as long as the conversion, so both happen at once.
-        let (report, sha256) = std::thread::scope(|scope| {
-            let hash = self.hashed.then(|| scope.spawn(|| adapter.source.sha256()));
-            let report = match self.args.dry_run {
-                true => self.plan(adapter, goal),
-                false => self.write(adapter, goal, input, progress),
-            };
-            let report = report.map(|mut converted| {
-                converted.report.seconds = started.elapsed().as_secs_f64();
-                converted
-            });
-            (report, hash.and_then(|h| h.join().ok().flatten()))
-        });
-        let mut converted = report?;
-        converted.report.source.sha256 = sha256;
-        Ok(converted)
+        self.job(&self.options, goal, input, started).run(&Composition::of(&adapter), progress)
     }
 
-    fn write(&self, adapter: &Adapter, goal: &Goal, input: &Input, progress: &Progress) -> Result<Converted> {
-        let control = interrupt::control();
-        control.check()?;
-        progress.begin(&input.path.to_string_lossy(), &control);
-        let result = match goal {
-            Goal::Stdout => output::binary().and_then(|mut out| {
-                convert::convert(&Composition::of(adapter), &self.options, Target::Stream(&mut out), &control)
-            }),
-            Goal::File(path) => self.make_folder(path).and_then(|()| {
-                let write = WriteOptions { overwrite: self.args.force };
-                convert::convert(&Composition::of(adapter), &self.options, Target::File(path, write), &control)
-            }),
-        };
-        progress.end(&control);
-        Ok(converted(adapter, result?, *goal == Goal::Stdout))
-    }
-
-    /// Folders are only made below `--out-dir`.
-    fn make_folder(&self, path: &Path) -> Result<()> {
-        match path.parent() {
-            Some(folder) if self.args.out_dir.is_some() => {
-                std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e))
-            }
-            _ => Ok(()),
+    pub(super) fn job<'j>(
+        &self,
+        options: &'j ConvertOptions,
+        goal: &'j Goal,
+        input: &'j Input,
+        started: Instant,
+    ) -> Job<'j> {
+        Job {
+            options,
+            goal,
+            dry_run: self.args.writing.dry_run,
+            force: self.args.writing.force,
+            folders: self.args.out_dir.is_some(),
+            hashed: self.hashed,
+            name: &input.path,
+            started,
         }
     }
-
-    fn plan(&self, adapter: &Adapter, goal: &Goal) -> Result<Converted> {
-        let path = match goal {
-            Goal::File(path) => path.as_path(),
-            Goal::Stdout => Path::new("-"),
-        };
-        let folder = *goal != Goal::Stdout && self.dialect().alpha == AlphaPolicy::Config && is_folder_name(path);
-        let composition = Composition::of(adapter);
-        let plan = convert::plan(&composition, &self.options, folder)?;
-        let bytes = Layout::new(&plan.outputs, &plan.metadata).len();
-        let mut report = convert::report(&composition, &plan, &self.dialect().name, bytes);
-        let exists = if folder { path.join("adapter_model.safetensors") } else { path.to_path_buf() };
-        if !self.args.force && exists.symlink_metadata().is_ok() {
-            let detail = "the output exists already; without `--force` nothing would be written";
-            report.warnings.push(Warning::new(Code::OutputExists.as_str(), None, detail));
-        }
-        let planned = output::planned(&plan, path.to_string_lossy().into_owned());
-        let mut converted = converted(adapter, report, *goal == Goal::Stdout);
-        converted.planned = Some(planned);
-        Ok(converted)
-    }
-}
-
-fn converted(adapter: &Adapter, report: Report, stdout: bool) -> Converted {
-    // Parts of one fused module share its tensors, so its first tensor tells how many modules the file has.
-    let firsts: BTreeSet<usize> = adapter.modules.values().filter_map(|p| p.module.inputs.first().copied()).collect();
-    Converted { report, modules: firsts.len(), stdout, planned: None }
 }

@@ -3,10 +3,12 @@ use std::sync::Arc;
 
 use lorafmt_core::adapter::Adapter;
 use lorafmt_core::decode::decode;
+use lorafmt_core::detect::Given;
 use lorafmt_core::ops::diff;
 use lorafmt_core::{Code, Error, Result};
 
 use super::Context;
+use super::writing::open_base;
 use crate::ExitStatus;
 use crate::args::DiffArgs;
 use crate::output::differences;
@@ -21,7 +23,8 @@ pub(super) fn run(args: &DiffArgs, context: &mut Context) -> Result<ExitStatus> 
         return Err(Error::new(Code::InvalidArgument, "standard input can be read only once"));
     }
     let registry = context.registry()?;
-    let given = context.given(&registry, &args.reading)?;
+    let base = open_base(&registry, args.base.as_deref())?;
+    let given = Given { base, ..context.given(&registry, &args.reading)? };
     let open = |input: Input| match input.open() {
         Ok(source) => decode(&registry, &Arc::new(source), &given),
         Err(error) if error.code() == Code::IsADirectory => Err(error.hint("name a file, or a PEFT folder")),

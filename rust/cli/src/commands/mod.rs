@@ -1,13 +1,18 @@
 //! The commands. Each reads its arguments, calls the engine, and hands answers to `output`.
 
 mod check;
+mod compose;
 mod convert;
 mod detect;
 mod diff;
 mod formats;
 mod inspect;
 mod sample;
+mod scale;
 mod shell;
+mod split;
+mod strengths;
+mod writing;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,6 +43,8 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Detect(args) => detect::run(args, &mut context),
         Command::Check(args) => check::run(args, &mut context),
         Command::Convert(args) => convert::run(args, &mut context),
+        Command::Compose(args) => compose::run(args, &mut context),
+        Command::Scale(args) => scale::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
         Command::Sample(args) => sample::run(args, &mut context),
         Command::Formats(_) => formats::run(&mut context),
@@ -185,6 +192,8 @@ impl Tally {
         let all = done + self.failed + self.interrupted;
         match (self.failed, self.interrupted) {
             (0, 0) => String::new(),
+            // The error has said all.
+            (1, 0) if all == 1 => String::new(),
             (failed, 0) => format!("{done} of {all} files done, {failed} failed\n"),
             (_, _) => format!("interrupted: {done} of {all} files done\n"),
         }

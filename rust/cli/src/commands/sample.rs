@@ -1,27 +1,23 @@
 use std::sync::Arc;
 
+use lorafmt_core::Result;
 use lorafmt_core::cast::Loss;
 use lorafmt_core::io::{Layout, Source, WriteOptions, write_file, write_to};
 use lorafmt_core::plan::Output;
 use lorafmt_core::sample::{SampleOptions, sample};
 use lorafmt_core::tensor::Tensor;
-use lorafmt_core::{Error, Result};
 
 use super::Context;
 use crate::args::SampleArgs;
 use crate::output::{self, Sampled};
 use crate::sources::{Found, Input};
-use crate::targets::{Goal, explicit};
+use crate::targets::{Goal, check, explicit};
 use crate::{ExitStatus, interrupt};
 
 pub(super) fn run(args: &SampleArgs, context: &mut Context) -> Result<ExitStatus> {
     let registry = context.registry()?;
     let goal = explicit(&args.output)?;
-    if context.out.json && goal == Goal::Stdout && !args.dry_run {
-        let error =
-            Error::new(lorafmt_core::Code::InvalidArgument, "`--json` and `-o -` both write to standard output");
-        return Err(error.hint("name a file with `-o`"));
-    }
+    check(std::slice::from_ref(&goal), args.dry_run, context.out.json, &[])?;
     let options = SampleOptions {
         family: args.family.clone(),
         dialect: args.dialect.clone(),

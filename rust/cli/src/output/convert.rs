@@ -5,19 +5,29 @@ use std::fmt::Write;
 
 use lorafmt_core::plan::Plan;
 use lorafmt_core::report::{Fidelity, Report, Warning};
+use lorafmt_core::strength::Strength;
 use serde_json::{Map, Value, json};
 
-use super::text::{BOLD, DIM, GREEN, bytes, clean, paint, plural, seconds};
+use super::text::{BOLD, DIM, GREEN, bytes, clean, number, paint, plural, seconds};
 use super::{Answer, View};
 
 /// A conversion that was done or planned.
 pub(crate) struct Converted {
     pub(crate) report: Report,
-    /// Modules as the source names them; the report counts those of the target.
-    pub(crate) modules: usize,
+    /// Modules as the one source names them; the report counts those of the target.
+    pub(crate) modules: Option<usize>,
+    /// What it is composed of, if it is a composition.
+    pub(crate) parts: Vec<Part>,
     /// Written to standard output.
     pub(crate) stdout: bool,
     pub(crate) planned: Option<Planned>,
+}
+
+/// One adapter of a composition.
+pub(crate) struct Part {
+    pub(crate) name: String,
+    pub(crate) path: String,
+    pub(crate) strength: Strength,
 }
 
 /// What would be written.
@@ -61,7 +71,8 @@ impl Answer for Converted {
             None if view.quiet => String::new(),
             None => {
                 let path = self.report.target.path.as_deref().unwrap_or("-");
-                format!("{} {}  ({})\n", paint(GREEN, "wrote"), paint(BOLD, clean(path)), self.summary(true))
+                let (wrote, path) = (paint(GREEN, "wrote"), paint(BOLD, clean(path)));
+                format!("{wrote} {path}  ({})\n{}", self.summary(true), self.ingredients(view))
             }
         }
     }
@@ -76,14 +87,32 @@ impl Answer for Converted {
 }
 
 impl Converted {
+    /// Every adapter of a composition with its strength.
+    fn ingredients(&self, view: &View) -> String {
+        if !view.verbose {
+            return String::new();
+        }
+        let numbers: Vec<String> = self.parts.iter().map(|p| number(p.strength.all)).collect();
+        let width = numbers.iter().map(String::len).max().unwrap_or(0);
+        let several = |part: &Part| self.parts.iter().any(|p| p.path == part.path && p.name != part.name);
+        let line = |(part, number): (&Part, &String)| {
+            let inside = if several(part) { format!(": {}", clean(&part.name)) } else { String::new() };
+            format!("  {number:>width$}  {}{inside}{}\n", clean(&part.path), by_place(&part.strength))
+        };
+        self.parts.iter().zip(&numbers).map(line).collect()
+    }
+
     fn summary(&self, done: bool) -> String {
         let (r, t) = (&self.report, &self.report.tensors);
         let mut parts = vec![
-            format!("{} -> {}", r.source.dialect, r.target.dialect),
+            match self.parts.len() {
+                0 | 1 => format!("{} -> {}", r.source.dialect, r.target.dialect),
+                several => format!("{several} adapters -> {}", r.target.dialect),
+            },
             r.source.family.clone(),
-            match self.modules == r.modules {
-                true => plural(r.modules, "module", "modules"),
-                false => format!("{} -> {} modules", self.modules, r.modules),
+            match self.modules.filter(|n| *n != r.modules) {
+                None => plural(r.modules, "module", "modules"),
+                Some(modules) => format!("{modules} -> {} modules", r.modules),
             },
             format!("{} used", plural(t.used, "tensor", "tensors")),
         ];
@@ -96,6 +125,16 @@ impl Converted {
         }
         clean(&parts.join(", ")).into_owned()
     }
+}
+
+/// What a strength is elsewhere than in general.
+fn by_place(strength: &Strength) -> String {
+    let encoders = strength.text_encoders.map(|s| format!("text encoders {}", number(s)));
+    let components = strength.components.iter().map(|(name, s)| format!("{} {}", clean(name), number(*s)));
+    let blocks =
+        strength.blocks.iter().map(|(selector, s)| format!("{} x{}", clean(&selector.to_string()), number(*s)));
+    let places: Vec<String> = encoders.into_iter().chain(components).chain(blocks).collect();
+    if places.is_empty() { String::new() } else { format!("  ({})", places.join(", ")) }
 }
 
 fn fidelity(fidelity: Fidelity) -> &'static str {
@@ -125,6 +164,7 @@ impl Planned {
         if view.quiet {
             return out;
         }
+        out += &converted.ingredients(view);
         let lines: Vec<(String, String, usize)> = if view.verbose {
             self.tensors.iter().map(|(key, dtype, shape)| (key.clone(), format!("{dtype} {shape:?}"), 1)).collect()
         } else {

@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 
-use lorafmt_core::inspect::Inspection;
+use lorafmt_core::inspect::{Inspection, Native};
 use lorafmt_core::report::Warning;
 use serde_json::Value;
 
 use super::text::{
-    BOLD, DIM, GREEN, RED, YELLOW, bytes, clean, clean_lines, paint, percent, plural, quoted, shortened,
+    BOLD, DIM, GREEN, RED, YELLOW, bytes, clean, clean_lines, number, paint, percent, plural, quoted, shortened,
 };
 use super::{Answer, View};
 
@@ -44,6 +44,9 @@ impl Answer for Inspection {
         let _ = writeln!(out, "{}   {}   {dtypes}", paint(BOLD, clean(&self.path)), bytes(self.bytes));
         row(&mut out, "dialect", &identity(self));
         row(&mut out, "modules", &modules(self));
+        if let Some(native) = &self.native {
+            quantized(native, &mut out, view);
+        }
         loads_in(self, &mut out);
         metadata(self, &mut out, view);
         let unknown: Vec<String> = self.unknown.iter().map(|key| clean(key).into_owned()).collect();
@@ -113,6 +116,43 @@ fn modules(file: &Inspection) -> String {
     parts.join("   ")
 }
 
+/// The base of a native file, and the adapters behind its branches.
+fn quantized(native: &Native, out: &mut String, view: &View) {
+    let ranks = |map: &BTreeMap<usize, usize>| match map.len() {
+        1 => counts(map, "", |rank, _| rank.to_string()),
+        _ => counts(map, ", ", |rank, n| format!("{rank} x{n}")),
+    };
+    let mut parts = vec![match &native.base {
+        Some(name) => paint(BOLD, clean(name)),
+        None => "not named: the file has no metadata about it".to_owned(),
+    }];
+    parts.extend(native.precision.as_deref().map(|p| clean(p).into_owned()));
+    parts.extend(native.fingerprint.as_deref().map(|f| format!("{} {}", paint(DIM, "fingerprint"), clean(f))));
+    if native.needs_base {
+        parts.push(paint(YELLOW, "is read only with `--base`"));
+    }
+    row(out, "base", &parts.join("   "));
+    let own = match native.base_ranks.is_empty() {
+        true => String::new(),
+        false => format!("   of the base {}", ranks(&native.base_ranks)),
+    };
+    let layout = native.layout.as_deref().map(|l| format!("   {} {}", paint(DIM, "layout"), clean(l)));
+    row(out, "ranks", &format!("in all {}{own}{}", ranks(&native.ranks), layout.unwrap_or_default()));
+    let mut lines = Vec::new();
+    for (i, lora) in native.adapters.iter().enumerate() {
+        let strength = match lora.strength.as_f64() {
+            Some(strength) => number(strength),
+            None => clean(&lora.strength.to_string()).into_owned(),
+        };
+        let name = paint(BOLD, clean(&lora.name));
+        let (strength, rank) = (format!("{} {strength}", paint(DIM, "strength")), paint(DIM, "rank"));
+        let hash = lora.hash.as_deref().filter(|_| view.verbose).map(|h| format!("   {}", clean(h)));
+        let hash = hash.unwrap_or_default();
+        lines.push(format!("{} {name}   {strength}   {rank} {}{hash}", i + 1, ranks(&lora.ranks)));
+    }
+    list(out, "adapters", &lines, view.verbose);
+}
+
 fn loads_in(file: &Inspection, out: &mut String) {
     if !file.problems.is_empty() {
         return row(out, "loads in", "nothing that is known: see the problems");
@@ -124,7 +164,8 @@ fn loads_in(file: &Inspection, out: &mut String) {
         let style = if loader.loads == "yes" { GREEN } else { YELLOW };
         lines.push(format!("{:width$}  {}", clean(&loader.name), paint(style, clean(&loader.loads))));
         if let Some(dialect) = &loader.convert_to {
-            let command = format!("lorafmt convert {} --to {dialect}{option}", quoted(&clean(&file.path)));
+            let base = if loader.needs_base { " --base BASE" } else { "" };
+            let command = format!("lorafmt convert {} --to {dialect}{base}{option}", quoted(&clean(&file.path)));
             lines.push(format!("{:width$}  {} {command}", "", paint(DIM, "fix:")));
         }
     }

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use crate::ExitStatus;
 use crate::args::{ColorArg, Global};
 
-pub(crate) use convert::{Converted, planned};
+pub(crate) use convert::{Converted, Part, planned};
 pub(crate) use detect::Detected;
 pub(crate) use diff::differences;
 pub(crate) use errors::usage;

@@ -170,3 +170,35 @@ pub(crate) fn factors<'a>(base: &str, more: &[Spec<'a>]) -> Vec<(String, Vec<usi
 pub(crate) fn borrowed(tensors: &[(String, Vec<usize>, f32)]) -> Vec<Spec<'_>> {
     tensors.iter().map(|(key, shape, value)| (key.as_str(), shape.as_slice(), *value)).collect()
 }
+
+/// `used + carried + dropped + unknown == in`.
+pub(crate) fn adds_up(report: &Value) {
+    let tensors = &report["tensors"];
+    let n = |name: &str| tensors[name].as_u64().unwrap();
+    assert_eq!(n("used") + n("carried") + n("dropped") + n("unknown"), n("in"), "{tensors}");
+}
+
+/// The codes of a report's warnings.
+pub(crate) fn codes(report: &Value) -> Vec<&str> {
+    report["warnings"].as_array().unwrap().iter().map(|w| w["code"].as_str().unwrap()).collect()
+}
+
+/// A kohya file of one module of each kind that matters to quantized models, and one of a text encoder.
+pub(crate) fn adapter(rank: usize, value: f32) -> Vec<u8> {
+    let modules = [
+        ("lora_unet_double_blocks_0_img_attn_qkv", 3072, 9216),
+        ("lora_unet_double_blocks_0_img_attn_proj", 3072, 3072),
+        ("lora_unet_double_blocks_0_img_mlp_0", 3072, 12288),
+        ("lora_unet_single_blocks_0_linear1", 3072, 21504),
+        ("lora_unet_single_blocks_0_linear2", 15360, 3072),
+        ("lora_unet_single_blocks_0_modulation_lin", 3072, 9216),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", 768, 3072),
+    ];
+    let mut tensors: Vec<(String, Vec<usize>, f32)> = Vec::new();
+    for (base, inputs, outputs) in modules {
+        tensors.push((format!("{base}.lora_down.weight"), vec![rank, inputs], value));
+        tensors.push((format!("{base}.lora_up.weight"), vec![outputs, rank], 0.125));
+        tensors.push((format!("{base}.alpha"), vec![], 1.0));
+    }
+    file(&[], &borrowed(&tensors))
+}

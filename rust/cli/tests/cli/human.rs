@@ -1,5 +1,6 @@
 use std::process::Stdio;
 
+use crate::base::Checkpoint;
 use crate::common::{MODULE, Place, borrowed, factors, file, ran};
 
 #[test]
@@ -40,7 +41,9 @@ fn the_fixes_that_inspect_shows_work() {
     let text = place.ok(&["inspect", "it's x.safetensors"]).out;
     let fixes: Vec<&str> = text.lines().filter_map(|l| l.trim().strip_prefix("fix: lorafmt ")).collect();
     assert!(!fixes.is_empty(), "{text}");
+    Checkpoint::default().write(&place, "base.safetensors");
     for fix in fixes {
+        let fix = fix.replace("BASE", "base.safetensors");
         let shell = format!("\"$LORAFMT\" {fix} --force");
         let mut command = assert_cmd::Command::new("sh");
         command.args(["-c", &shell]).env("LORAFMT", env!("CARGO_BIN_EXE_lorafmt")).current_dir(place.dir.path());

@@ -1,13 +1,6 @@
 use serde_json::Value;
 
-use crate::common::{MODULE, Place, borrowed, factors, file};
-
-/// `used + carried + dropped + unknown == in`.
-fn adds_up(report: &Value) {
-    let tensors = &report["tensors"];
-    let n = |name: &str| tensors[name].as_u64().unwrap();
-    assert_eq!(n("used") + n("carried") + n("dropped") + n("unknown"), n("in"), "{tensors}");
-}
+use crate::common::{MODULE, Place, adds_up, borrowed, factors, file};
 
 #[test]
 fn report_of_a_conversion() {

@@ -2,12 +2,17 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod base;
 mod common;
+mod compose;
 mod convert;
 mod help;
 mod hostile;
 mod human;
 mod json;
+mod native;
+mod recipes;
+mod scale;
 #[cfg(unix)]
 mod signals;
 mod sources;

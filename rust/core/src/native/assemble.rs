@@ -488,14 +488,12 @@ impl<'a> Assembler<'_, '_, 'a> {
     fn draft(&self, targets: &[Target<'_>]) -> Draft {
         let base_ranks: BTreeMap<String, Option<usize>> =
             self.base.layers().iter().map(|(n, l)| (n.clone(), Some(l.rank()).filter(|r| *r > 0))).collect();
-        let name = self.base.path().file_name().map(|n| n.to_string_lossy().into_owned());
-        let fused = |l: &BaseLayer| matches!(l.smoothing, Smoothing::Fused(_));
         let base = BaseEntry {
             fingerprint: self.base.fingerprint().to_owned(),
-            name: name.unwrap_or_default(),
+            name: self.base.name().to_owned(),
             precision: self.base.precision().map(|p| p.name().to_owned()),
             ranks: compress(&base_ranks, 0),
-            smoothed: self.base.layers().values().any(fused),
+            smoothed: self.base.smoothed(),
         };
         let own = |target: &Target<'_>, term: usize| {
             target.ranges.get(term).filter(|(_, n)| *n > 0).map(|&(at, n)| (at, at + n))

@@ -89,6 +89,8 @@ pub struct Base {
     layers: BTreeMap<String, BaseLayer>,
     fingerprint: String,
     precision: Option<Precision>,
+    name: String,
+    smoothed: bool,
 }
 
 impl Base {
@@ -124,6 +126,8 @@ impl Base {
             family: registry.families[native.family].name.clone(),
             fingerprint: fingerprint(&layers),
             precision: reader.precision(),
+            name: source.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+            smoothed: layers.values().any(|l| matches!(l.smoothing, Smoothing::Fused(_))),
             layers,
         })
     }
@@ -140,6 +144,8 @@ impl Base {
             family: family.to_owned(),
             fingerprint: manifest.base.fingerprint.clone(),
             precision: manifest.base.precision.as_deref().and_then(Precision::from_name),
+            name: manifest.base.name.clone(),
+            smoothed: manifest.base.smoothed,
             layers,
         }
     }
@@ -152,6 +158,16 @@ impl Base {
     /// The file.
     pub fn path(&self) -> &Path {
         self.source.path()
+    }
+
+    /// The name of the checkpoint's file.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether its smoothing factors are multiplied into the branches of attention layers.
+    pub fn smoothed(&self) -> bool {
+        self.smoothed
     }
 
     /// The name of its family.

@@ -153,7 +153,7 @@ impl Derived for Packed {
     fn read(&self, rows: Range<usize>, out: &mut [u8]) -> Loss {
         // The nominal rows of a channel group are its tiles; only whole groups can be packed.
         let groups = rows.start / TILE..rows.end.div_ceil(TILE);
-        if rows.start % TILE == 0 && rows.end % TILE == 0 {
+        if rows.start.is_multiple_of(TILE) && rows.end.is_multiple_of(TILE) {
             return self.read_groups(groups, out);
         }
         let line = self.size().1 * 2;

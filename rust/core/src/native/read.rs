@@ -292,7 +292,7 @@ fn own_ranks(info: &NativeInfo, held: Option<&BaseLayer>, layer: &str, total: us
     match (&info.entry, &info.manifest) {
         (Some(entry), _) => vec![within(entry.range(layer))],
         (None, Some(manifest)) => manifest.adapters.iter().map(|a| within(a.range(layer))).collect(),
-        (None, None) => vec![held.map_or(0, BaseLayer::rank).min(total)..total],
+        (None, None) => vec![within(held.map_or(0, BaseLayer::rank)..total)],
     }
 }
 

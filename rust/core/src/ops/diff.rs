@@ -10,6 +10,7 @@ use crate::adapter::{Adapter, ModuleKey};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Slot};
 use crate::linalg::low_rank_norms;
+use crate::native::needs_base;
 use crate::tensor::Tensor;
 
 /// Rows of a delta that are held at a time, in elements.
@@ -54,6 +55,9 @@ pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
         return Err(Error::new(Code::InvalidArgument, message)
             .at(b.source.path())
             .hint("say `--family` if both are the same"));
+    }
+    if let Some(native) = [a, b].iter().find(|x| x.native.as_ref().is_some_and(|n| n.needs_base)) {
+        return Err(needs_base(native.source.path()));
     }
     let keys: BTreeSet<&ModuleKey> = a.modules.keys().chain(b.modules.keys()).collect();
     let keys: Vec<&ModuleKey> = keys.into_iter().collect();

@@ -132,7 +132,7 @@ fn layer(raw: &raw::Layer, table: &Component) -> Result<Layer, String> {
         return Err(format!("the columns of `{}` are none of its module", raw.layer));
     }
     let rows: usize = outputs.iter().sum();
-    if raw.interleave.is_some_and(|n| n == 0 || rows % n != 0) {
+    if raw.interleave.is_some_and(|n| n == 0 || !rows.is_multiple_of(n)) {
         return Err(format!("the rows of `{}` do not interleave so", raw.layer));
     }
     let own = (modules.len() == 1).then(|| modules[0].clone());

@@ -1,0 +1,157 @@
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use clap::ValueEnum;
+use lorafmt_core::adapter::Adapter;
+use lorafmt_core::compose::{Composition, Term, agree};
+use lorafmt_core::convert::{self, ConvertOptions};
+use lorafmt_core::native::Base;
+use lorafmt_core::recipe::{self, Recipe, split_strength};
+use lorafmt_core::strength::Strength;
+use lorafmt_core::table::Registry;
+use lorafmt_core::{Code, Error, Result};
+use rayon::prelude::*;
+
+use super::writing::{Job, native_options, open_base, options};
+use super::{Context, strengths};
+use crate::ExitStatus;
+use crate::args::{ComposeArgs, DtypeArg, LayoutArg, typed};
+use crate::output::{Converted, Progress};
+use crate::sources::{Found, Input};
+use crate::targets;
+
+/// Which adapters are composed, each with its strength.
+struct Ingredients {
+    /// The files, each once.
+    inputs: Vec<Input>,
+    /// Numbers of files, with strengths.
+    terms: Vec<(usize, Strength)>,
+}
+
+pub(super) fn run(args: &ComposeArgs, context: &mut Context) -> Result<ExitStatus> {
+    let registry = context.registry()?;
+    let recipe = args.recipe.as_deref().map(recipe::read).transpose()?;
+    let args = &completed(args, recipe.as_ref(), &registry)?;
+    let ingredients = ingredients(args, recipe)?;
+    let output = args.output.as_deref().ok_or_else(|| {
+        Error::new(Code::InvalidArgument, "neither the command line nor the recipe names an output")
+            .hint("name it with `-o OUT`, or under `output` in the recipe")
+    })?;
+    let goal = targets::explicit(output)?;
+    let mut inputs: Vec<Option<&Path>> = ingredients.inputs.iter().map(|i| Some(i.path.as_path())).collect();
+    inputs.extend([args.native.base.as_deref(), args.recipe.as_deref()]);
+    targets::check(std::slice::from_ref(&goal), args.writing.dry_run, context.out.json, &inputs)?;
+    let base = open_base(&registry, args.native.base.as_deref())?;
+    let to = args.to.as_deref().unwrap_or(&registry.dialects[0].name);
+    let native = native_options(&args.native, base.as_ref());
+    let options = ConvertOptions { native, ..options(to, args.family.as_ref(), &args.writing) };
+    convert::given(&registry, options.family.as_deref(), None)?;
+    let found = Found { inputs: vec![Input::new(output)], many: false };
+    let hashed = context.out.json;
+    Ok(context.answer_all(&found, context.out.view, |_, input, progress| {
+        let started = Instant::now();
+        let job = Job {
+            options: &options,
+            goal: &goal,
+            dry_run: args.writing.dry_run,
+            force: args.writing.force,
+            folders: false,
+            hashed,
+            name: &input.path,
+            started,
+        };
+        compose(&registry, &ingredients, base.as_ref(), &job, progress)
+    }))
+}
+
+/// The options of the command line, and those of the recipe that it leaves open.
+fn completed(args: &ComposeArgs, recipe: Option<&Recipe>, registry: &Registry) -> Result<ComposeArgs> {
+    let mut args = args.clone();
+    if let Some(to) = args.to.as_deref() {
+        registry.dialect(to)?;
+    }
+    let Some(recipe) = recipe else { return Ok(args) };
+    if let (None, Some(to)) = (&args.to, &recipe.to) {
+        registry.dialect(to).map_err(|e| args.recipe.iter().fold(e, |e, path| e.at(path)))?;
+    }
+    args.to = args.to.or_else(|| recipe.to.clone());
+    args.output = args.output.or_else(|| recipe.output.as_deref().map(file));
+    args.native.base = args.native.base.or_else(|| recipe.base.clone());
+    // The recipe's reader knows the same words.
+    let layout = recipe.layout.as_deref().and_then(|name| LayoutArg::from_str(name, true).ok());
+    args.native.layout = args.native.layout.or(layout);
+    let dtype = recipe.dtype.as_deref().and_then(|name| DtypeArg::from_str(name, true).ok());
+    args.writing.dtype = args.writing.dtype.or(dtype);
+    Ok(args)
+}
+
+/// A path of a recipe: no name in it means standard input or output.
+fn file(path: &Path) -> PathBuf {
+    if path.as_os_str() == "-" { Path::new(".").join(path) } else { path.to_path_buf() }
+}
+
+/// The adapters of the recipe, then those of the command line.
+fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients> {
+    if args.sources.is_empty() && !args.places.is_empty() {
+        let message = "strengths by place apply to the adapters of the command line, and there are none";
+        let hint = "write `text_encoder_strength`, `components` or `blocks` into the recipe";
+        return Err(Error::new(Code::InvalidArgument, message).hint(hint));
+    }
+    let mut ingredients = Ingredients { inputs: Vec::new(), terms: Vec::new() };
+    for lora in recipe.into_iter().flat_map(|r| r.loras) {
+        ingredients.add(&file(&lora.path), lora.strength);
+    }
+    for source in &args.sources {
+        let (path, number) = split_strength(&typed(source));
+        // An error about the number names the source; one about a place does not.
+        Strength::uniform(number).check().map_err(|e| e.at(&path))?;
+        if path.as_os_str() == "-" && ingredients.inputs.iter().any(Input::is_stdin) {
+            return Err(Error::new(Code::InvalidArgument, "standard input can be read only once"));
+        }
+        ingredients.add(&path, strengths::strength(number, &args.places)?);
+    }
+    Ok(ingredients)
+}
+
+impl Ingredients {
+    fn add(&mut self, path: &Path, strength: Strength) {
+        let known = self.inputs.iter().position(|i| i.path == path);
+        let number = known.unwrap_or_else(|| {
+            self.inputs.push(Input::new(path));
+            self.inputs.len() - 1
+        });
+        self.terms.push((number, strength));
+    }
+}
+
+fn compose(
+    registry: &Arc<Registry>,
+    ingredients: &Ingredients,
+    base: Option<&Arc<Base>>,
+    job: &Job<'_>,
+    progress: &Progress,
+) -> Result<Converted> {
+    let open = |input: &Input| {
+        let source = input.open().map_err(|e| explained(e, &input.path))?;
+        convert::open(registry, source, job.options, base.cloned()).map_err(|e| e.at(&input.path))
+    };
+    let opened: Vec<Result<Adapter>> = ingredients.inputs.par_iter().map(open).collect();
+    let adapters: Vec<Adapter> = opened.into_iter().collect::<Result<_>>()?;
+    let agreed: Vec<Cow<'_, Adapter>> = agree(&adapters.iter().collect::<Vec<_>>())?;
+    let terms = ingredients.terms.iter().map(|(number, strength)| Term::new(&agreed[*number], strength.clone()));
+    job.run(&Composition::new(terms.collect())?, progress)
+}
+
+/// A file that is missing, while one without what follows the last colon is there: that was meant as a strength.
+fn explained(error: Error, path: &Path) -> Error {
+    if error.code() == Code::IsADirectory {
+        return error.hint("name a file, or a PEFT folder");
+    }
+    let Some((stem, tail)) = path.to_str().and_then(|p| p.rsplit_once(':')) else { return error };
+    if error.code() == Code::NotFound && Path::new(stem).exists() {
+        return error.hint(format!("`{tail}` is no number; a strength is written like `{stem}:0.8`"));
+    }
+    error
+}
