@@ -47,7 +47,7 @@ pub(crate) fn planned(plan: &Plan, target: String) -> Planned {
     Planned {
         target,
         tensors: plan.outputs.iter().map(tensor).collect(),
-        metadata: plan.metadata.clone(),
+        metadata: plan.full_metadata(),
         beside: plan.sidecar.as_ref().map(|(name, _)| name.clone()),
     }
 }

@@ -10,7 +10,6 @@ use crate::adapter::{Adapter, ModuleKey};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Slot};
 use crate::linalg::low_rank_norms;
-use crate::native::needs_base;
 use crate::tensor::Tensor;
 
 /// Rows of a delta that are held at a time, in elements.
@@ -56,9 +55,8 @@ pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
             .at(b.source.path())
             .hint("say `--family` if both are the same"));
     }
-    if let Some(native) = [a, b].iter().find(|x| x.native.as_ref().is_some_and(|n| n.needs_base)) {
-        return Err(needs_base(native.source.path()));
-    }
+    a.ensure_apart()?;
+    b.ensure_apart()?;
     let keys: BTreeSet<&ModuleKey> = a.modules.keys().chain(b.modules.keys()).collect();
     let keys: Vec<&ModuleKey> = keys.into_iter().collect();
     let compared: Vec<ModuleDiff> = keys
