@@ -379,7 +379,8 @@ impl<'a> Ledger<'a> {
             return Err(Error::new(Code::NoModules, message).at(self.composition.first().source.path()));
         }
         self.summarise_strengths();
-        if self.strength != 1.0 {
+        let full = |t: &Term<'_>| t.strength.everywhere() == Some(1.0);
+        if self.strength != 1.0 || !self.composition.terms.iter().all(full) {
             plan.fidelity = plan.fidelity.max(Fidelity::Rescaled);
         }
         if !self.lost.is_empty() {

@@ -13,8 +13,8 @@ Examples:
 
 /// Add up several adapters, each at its strength, in one file
 ///
-/// The output does to the model what all of them do together: its ranks are theirs side by side, so nothing is
-/// approximated. `style.safetensors:0.8` is cut at the last colon if a number follows and no file has the whole name;
+/// The output does to the model what all of them do together: its ranks are theirs side by side, so nothing is lost
+/// but what rounding takes. `style.safetensors:0.8` is cut at the last colon if a number follows and no file has the whole name;
 /// a strength can be negative. Options for places apply to the adapters of the command line; a recipe has its own.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]

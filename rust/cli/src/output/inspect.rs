@@ -145,10 +145,14 @@ fn quantized(native: &Native, out: &mut String, view: &View) {
             None => clean(&lora.strength.to_string()).into_owned(),
         };
         let name = paint(BOLD, clean(&lora.name));
-        let (strength, rank) = (format!("{} {strength}", paint(DIM, "strength")), paint(DIM, "rank"));
+        let strength = format!("{} {strength}", paint(DIM, "strength"));
+        let rank = match lora.ranks.is_empty() {
+            true => "in none of the layers".to_owned(),
+            false => format!("{} {}", paint(DIM, "rank"), ranks(&lora.ranks)),
+        };
         let hash = lora.hash.as_deref().filter(|_| view.verbose).map(|h| format!("   {}", clean(h)));
         let hash = hash.unwrap_or_default();
-        lines.push(format!("{} {name}   {strength}   {rank} {}{hash}", i + 1, ranks(&lora.ranks)));
+        lines.push(format!("{} {name}   {strength}   {rank}{hash}", i + 1));
     }
     list(out, "adapters", &lines, view.verbose);
 }

@@ -19,15 +19,25 @@ fn behind(checkpoint: Checkpoint) -> Place {
     place
 }
 
-/// The file without its metadata.
-fn strip(place: &Place, name: &str, out: &str) {
+/// The file with other metadata, or with none.
+fn retold(place: &Place, name: &str, out: &str, tell: impl Fn(&mut Value) -> bool) {
     let bytes = place.read(name);
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
-    header.as_object_mut().unwrap().remove("__metadata__");
+    let text = header["__metadata__"]["lorafmt.native"].as_str().unwrap();
+    let mut told: Value = serde_json::from_str(text).unwrap();
+    if tell(&mut told) {
+        header["__metadata__"]["lorafmt.native"] = told.to_string().into();
+    } else {
+        header.as_object_mut().unwrap().remove("__metadata__");
+    }
     let mut text = header.to_string().into_bytes();
     text.resize(text.len().next_multiple_of(8), b' ');
     place.write(out, &[&(text.len() as u64).to_le_bytes(), text.as_slice(), &bytes[8 + length..]].concat());
+}
+
+fn strip(place: &Place, name: &str, out: &str) {
+    retold(place, name, out, |_| false);
 }
 
 fn same(place: &Place, a: &str, b: &str, more: &[&str]) {
@@ -244,6 +254,55 @@ fn bases_that_are_none_or_others() {
     let ran = place.run(&[&args as &[&str], &["-o", "base.safetensors", "--force", "--json"]].concat());
     assert_eq!(ran.error_code(), "same-file");
     assert!(!place.exists("x.safetensors"));
+}
+
+#[test]
+fn metadata_that_does_not_fit_the_file() {
+    let place = behind(Checkpoint::default());
+    let layer = "transformer_blocks.*.mlp_fc1";
+    let told: [(&str, &dyn Fn(&mut Value)); 8] = [
+        ("invalid-packing", &|m| m["adapters"][0]["ranks"][layer] = json!([32, 1_000_000_000_000_000_000_u64])),
+        ("invalid-packing", &|m| m["adapters"][1]["ranks"][layer] = json!([48, 5000])),
+        ("invalid-packing", &|m| m["adapters"][0]["ranks"][layer] = json!([40, 32])),
+        ("invalid-packing", &|m| m["adapters"][0]["ranks"][layer] = json!([30, 34])),
+        ("invalid-packing", &|m| m["adapters"][1]["ranks"][layer] = json!([33, 36])),
+        ("invalid-packing", &|m| m["base"]["ranks"][layer] = json!(33)),
+        ("invalid-config", &|m| m["adapters"] = vec![m["adapters"][0].clone(); 2000].into()),
+        ("invalid-config", &|m| m["version"] = json!(2)),
+    ];
+    for (n, (code, tell)) in told.iter().enumerate() {
+        retold(&place, "n.safetensors", "t.safetensors", |m| {
+            tell(m);
+            true
+        });
+        for args in [
+            &["scale", "t.safetensors", "--strength", "2", "-o", "x.safetensors", "--json"] as &[&str],
+            &[
+                "scale",
+                "t.safetensors",
+                "--strength",
+                "2",
+                "-o",
+                "x.safetensors",
+                "--base",
+                "base.safetensors",
+                "--json",
+            ],
+            &["convert", "t.safetensors", "--to", "kohya", "-o", "x.safetensors", "--json"],
+        ] {
+            let ran = place.run(args);
+            assert_eq!((ran.code, ran.error_code().as_str()), (2, *code), "{n} {args:?}");
+        }
+        let split = place.run(&["convert", "t.safetensors", "--split", "--to", "kohya", "--json"]);
+        assert_eq!(split.json()[0]["error"]["code"], *code, "{n}");
+        assert_eq!(place.run(&["check", "t.safetensors"]).code, 1, "{n}");
+    }
+    retold(&place, "n.safetensors", "t.safetensors", |m| {
+        m["adapters"] = json!([]);
+        true
+    });
+    let split = place.run(&["convert", "t.safetensors", "--split", "--to", "kohya", "--json"]);
+    assert_eq!((split.code, &split.json()[0]["error"]["code"]), (2, &json!("no-modules")));
 }
 
 #[test]

@@ -13,6 +13,7 @@ fn scaling_keeps_the_dialect() {
     let place = one();
     let ran = place.ok(&["scale", "a.safetensors", "--strength", "0.5", "-o", "s.safetensors"]);
     assert!(ran.out.starts_with("wrote s.safetensors  (kohya -> kohya, flux1, "), "{}", ran.out);
+    assert!(ran.out.contains(", rescaled, "), "{}", ran.out);
     assert!(place.ok(&["detect", "s.safetensors"]).out.contains("\tkohya\t"));
     place.ok(&["convert", "a.safetensors", "--to", "diffusers", "--strength", "0.5", "-o", "c.safetensors"]);
     place.ok(&["diff", "s.safetensors", "c.safetensors"]);

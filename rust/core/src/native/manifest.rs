@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::assemble::MAX_TOTAL_RANK;
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
 
@@ -78,7 +79,14 @@ impl Manifest {
         };
         let manifest: Self = serde_json::from_str(text).map_err(|e| bad(format!("the entry cannot be read: {e}")))?;
         if manifest.version != VERSION {
-            return Err(bad(format!("the entry is of version {}, this program reads {VERSION}", manifest.version)));
+            let message = format!("the entry is of version {}, this program reads {VERSION}", manifest.version);
+            return Err(bad(message).hint("use the version of lorafmt that wrote it, or a newer one"));
+        }
+        if manifest.adapters.len() > MAX_TOTAL_RANK {
+            return Err(bad(format!(
+                "the entry names {} adapters, for which no layer has room",
+                manifest.adapters.len()
+            )));
         }
         Ok(Some(manifest))
     }

@@ -217,15 +217,28 @@ impl Branches {
                 }
             }
         }
+        self.vectors(adapter, reading.base, &mut problems);
+        if let (Some(number), Some(manifest)) =
+            (reading.only, adapter.native.as_mut().and_then(|n| n.manifest.as_mut()))
+        {
+            // Many adapters of one file would each remember all others.
+            manifest.adapters = manifest.adapters.get(number).cloned().into_iter().collect();
+        }
+        Ok(problems)
+    }
+
+    /// Adds the bias differences.
+    fn vectors(&self, adapter: &mut Adapter, base: Option<&Base>, problems: &mut Vec<Error>) {
+        let registry = Arc::clone(&adapter.registry);
+        let native = &registry.dialects[self.dialect].natives[self.native];
         for found in &self.vectors {
-            let factor = found.layer.as_ref().zip(reading.base);
+            let factor = found.layer.as_ref().zip(base);
             let factor =
                 factor.and_then(|((l, variables), base)| base.folded_into(native, &native.layers[*l], variables));
             if let Err(problem) = vector(adapter, native.component, found, factor) {
                 problems.push(problem);
             }
         }
-        Ok(problems)
     }
 
     /// The canonical modules of one layer.
@@ -265,6 +278,9 @@ impl Branches {
         if let (Some(held), None) = (held, &info.manifest) {
             check_branch(held, &d, &u, name(down)).map_err(|e| e.at(source.path()))?;
         }
+        if let Some(manifest) = &info.manifest {
+            check_ranges(manifest, layer, &found.name, left.rows()).map_err(|e| e.key(name(down)))?;
+        }
         let ranges = own_ranks(info, held, &found.name, left.rows());
         let described = info.manifest.is_some();
         let exact = |r: Range<usize>| if described { r } else { trim(&left, &right, r) };
@@ -284,6 +300,22 @@ impl Branches {
         let factor = base.and_then(|b| b.folded_into(native, layer, &found.variables));
         Ok(apart(layer, &found.variables, &module, factor))
     }
+}
+
+/// The ranks that the metadata gives a layer must be there: the base's own first, then those of one adapter after the
+/// other.
+fn check_ranges(manifest: &Manifest, layer: &Layer, name: &str, total: usize) -> Result<()> {
+    let mut taken = if layer.interleave.is_none() { manifest.base.rank(name) } else { 0 };
+    let mut sound = taken.is_multiple_of(TILE) && taken <= total;
+    for range in manifest.adapters.iter().map(|a| a.range(name)).filter(|r| *r != (0..0)) {
+        sound &= taken <= range.start && range.start < range.end && range.end <= total;
+        taken = range.end;
+    }
+    if sound {
+        return Ok(());
+    }
+    let message = format!("the metadata tells ranks of `{name}` that do not fit its {total}");
+    Err(Error::new(Code::InvalidPacking, message))
 }
 
 /// The ranks of a layer that are not the base's: those of one adapter, of all, or all that there are.
@@ -497,6 +529,11 @@ pub fn disassemble(registry: &Arc<Registry>, source: &Arc<Source>, base: Option<
         let adapter = decode(registry, source, &given(&Some(Arc::clone(&base)), None))?;
         return Ok(Disassembled { adapters: vec![adapter], base, layout: Layout::Packed });
     };
+    if manifest.adapters.is_empty() {
+        return Err(Error::new(Code::NoModules, "its metadata names no adapter").at(source.path()));
+    }
+    // What is wrong with the file as a whole is said before any part of it is read.
+    decode(registry, source, &given(&base, None))?;
     let numbers = 0..manifest.adapters.len();
     let adapters = numbers.map(|n| decode(registry, source, &given(&base, Some(n)))).collect::<Result<_>>()?;
     let base = match base {
