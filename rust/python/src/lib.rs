@@ -87,6 +87,9 @@ impl Adapter {
     }
 }
 
+/// Adapters with their names, the base, and the layout.
+type Disassembled = (Vec<(String, Adapter)>, Base, &'static str);
+
 #[pymethods]
 impl Adapter {
     /// Reads an adapter; `base` is taken off a native one. Problems are kept; they are raised by whatever needs a sound
@@ -107,11 +110,7 @@ impl Adapter {
 
     /// The adapters inside a native file with their names, the base whose branches they continue, and the layout.
     #[pyo3(signature = (base=None))]
-    fn disassemble(
-        &self,
-        py: Python<'_>,
-        base: Option<Py<Base>>,
-    ) -> PyResult<(Vec<(String, Self)>, Base, &'static str)> {
+    fn disassemble(&self, py: Python<'_>, base: Option<Py<Base>>) -> PyResult<Disassembled> {
         enter(py, None, |_| {
             let base = base.map(|b| Arc::clone(&b.get().inner));
             let apart = disassemble(&self.inner.registry, &self.inner.source, base)?;

@@ -260,7 +260,8 @@ fn bases_that_are_none_or_others() {
 fn metadata_that_does_not_fit_the_file() {
     let place = behind(Checkpoint::default());
     let layer = "transformer_blocks.*.mlp_fc1";
-    let told: [(&str, &dyn Fn(&mut Value)); 8] = [
+    type Damage<'a> = &'a dyn Fn(&mut Value);
+    let told: [(&str, Damage<'_>); 8] = [
         ("invalid-packing", &|m| m["adapters"][0]["ranks"][layer] = json!([32, 1_000_000_000_000_000_000_u64])),
         ("invalid-packing", &|m| m["adapters"][1]["ranks"][layer] = json!([48, 5000])),
         ("invalid-packing", &|m| m["adapters"][0]["ranks"][layer] = json!([40, 32])),
