@@ -98,7 +98,7 @@ pub fn detect<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Res
             reads.iter().zip(tensors).filter(|&(r, t)| fits((r, t))).count()
         })
         .collect();
-    let (family, candidates, tie_break) = choose_family(registry, source, &reads, &scores, given.family)?;
+    let (family, candidates, tie_break) = choose_family(registry, source, &reads, &scores, given)?;
     let meanings: Vec<Meaning<'s>> = reads.into_iter().map(|r| r.and_then(|r| in_family(r, family))).collect();
     let known = meanings.iter().flatten().count();
     let (dialect, dialects) = choose_dialect(registry, source, &meanings);
@@ -133,10 +133,10 @@ fn choose_family(
     source: &Source,
     reads: &[Option<Read<'_>>],
     scores: &[usize],
-    given: Option<usize>,
+    given: &Given,
 ) -> Result<(usize, Vec<usize>, Option<&'static str>)> {
     let best = scores.iter().copied().max().unwrap_or(0);
-    if let Some(family) = given {
+    if let Some(family) = given.family {
         if scores[family] == 0 {
             return Err(no_family(registry, source, reads, Some(family)));
         }
@@ -150,6 +150,11 @@ fn choose_family(
     let tied: Vec<usize> = (0..scores.len()).filter(|&f| scores[f] == best).collect();
     if tied.len() == 1 {
         return Ok((tied[0], tied, None));
+    }
+    // What an adapter is put behind says what it is for.
+    let behind = given.base.as_ref().and_then(|base| registry.families.iter().position(|f| f.name == base.family()));
+    if let Some(family) = behind.filter(|f| tied.contains(f)) {
+        return Ok((family, tied, Some("base")));
     }
     if let Some(hinted) = hinted(source, tied.iter().map(|&f| (f, registry.families[f].hints.as_slice()))) {
         return Ok((hinted, tied, Some("metadata")));
