@@ -379,13 +379,14 @@ impl Tensor {
     /// Which columns hold anything but zeros in some rows. Stops as soon as all do.
     pub fn used_columns(&self, rows: Range<usize>) -> Vec<bool> {
         let mut used = vec![false; self.cols()];
-        for row in rows {
-            for (seen, value) in used.iter_mut().zip(self.rows_f64(row..row + 1)) {
-                *seen |= value != 0.0;
-            }
-            if used.iter().all(|u| *u) {
-                break;
-            }
+        for p in self.window(rows, 0..self.cols()).pieces.iter().filter(|p| p.scale != 0.0) {
+            let seen = &mut used[p.at.1..p.at.1 + p.cols];
+            p.each_row(0..p.rows, |_, row| {
+                for (seen, e) in seen.iter_mut().zip(row.chunks_exact(p.dtype.size())) {
+                    *seen = *seen || (e.iter().any(|b| *b != 0) && read_f64(p.dtype, e) != 0.0);
+                }
+                !seen.iter().all(|u| *u)
+            });
         }
         used
     }
