@@ -10,7 +10,8 @@ Examples:
 
 /// Tell what a file is, and who can load it
 ///
-/// Reads the header and the alphas, never the weights, so it takes the same few milliseconds for a file of any size.
+/// Reads the header and the alphas, never the weights, so it takes the same few milliseconds for a file of any size. Only
+/// of files for a quantized model it looks into the factors, to tell the base's part from the adapters'.
 #[derive(Debug, Clone, Args)]
 #[command(visible_alias = "info", after_help = EXAMPLES)]
 pub(crate) struct InspectArgs {

@@ -32,7 +32,10 @@ struct Ingredients {
 
 pub(super) fn run(args: &ComposeArgs, context: &mut Context) -> Result<ExitStatus> {
     let registry = context.registry()?;
-    let recipe = args.recipe.as_deref().map(recipe::read).transpose()?;
+    let recipe = args.recipe.as_deref().map(recipe::read).transpose().map_err(|e| match e.code() {
+        Code::IsADirectory => e.hint("name the file of the recipe"),
+        _ => e,
+    })?;
     let args = &completed(args, recipe.as_ref(), &registry)?;
     let ingredients = ingredients(args, recipe)?;
     let output = args.output.as_deref().ok_or_else(|| {
@@ -58,6 +61,7 @@ pub(super) fn run(args: &ComposeArgs, context: &mut Context) -> Result<ExitStatu
             dry_run: args.writing.dry_run,
             force: args.writing.force,
             folders: false,
+            many: false,
             hashed,
             name: &input.path,
             started,
@@ -150,8 +154,13 @@ fn explained(error: Error, path: &Path) -> Error {
         return error.hint("name a file, or a PEFT folder");
     }
     let Some((stem, tail)) = path.to_str().and_then(|p| p.rsplit_once(':')) else { return error };
-    if error.code() == Code::NotFound && Path::new(stem).exists() {
-        return error.hint(format!("`{tail}` is no number; a strength is written like `{stem}:0.8`"));
+    if error.code() != Code::NotFound || !Path::new(stem).exists() {
+        return error;
     }
-    error
+    let problem = match tail.parse::<f64>() {
+        Ok(_) => "two numbers follow the name".to_owned(),
+        Err(_) if tail.is_empty() => "no number follows the colon".to_owned(),
+        Err(_) => format!("`{tail}` is no number"),
+    };
+    error.hint(format!("{problem}; a strength is written like `{stem}:0.8`"))
 }

@@ -75,6 +75,7 @@ impl Task<'_> {
             dry_run: self.args.writing.dry_run,
             force: self.args.writing.force,
             folders: self.args.out_dir.is_some(),
+            many: true,
             hashed: self.hashed,
             name: &input.path,
             started,

@@ -109,6 +109,7 @@ impl Task<'_> {
             dry_run: self.args.writing.dry_run,
             force: self.args.writing.force,
             folders: false,
+            many: false,
             hashed: self.hashed,
             name,
             started,

@@ -58,6 +58,8 @@ pub(super) struct Job<'a> {
     pub(super) force: bool,
     /// Whether missing folders are made.
     pub(super) folders: bool,
+    /// Whether there can be several outputs, for which a folder would do.
+    pub(super) many: bool,
     /// Whether the report tells the hashes of the sources.
     pub(super) hashed: bool,
     /// What progress calls it.
@@ -101,7 +103,11 @@ impl Job<'_> {
             }
         };
         progress.end(&control);
-        Ok(self.converted(composition, result?))
+        let report = result.map_err(|e| match e.code() {
+            Code::IsADirectory if !self.many => e.hint("name a file"),
+            _ => e,
+        })?;
+        Ok(self.converted(composition, report))
     }
 
     /// Folders are only made below `--out-dir`.

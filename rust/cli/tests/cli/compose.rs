@@ -184,8 +184,15 @@ fn what_cannot_be_composed() {
     // A comma is no number: what was meant is said.
     let comma = run(&["a.safetensors:0,8"]);
     assert!(comma.out.contains("`0,8` is no number") && comma.out.contains("a.safetensors:0.8"), "{}", comma.out);
+    assert!(run(&["a.safetensors:"]).out.contains("no number follows the colon"));
+    assert!(run(&["a.safetensors:0.5:2"]).out.contains("two numbers follow the name"));
     std::fs::create_dir(place.path("folder")).unwrap();
     assert_eq!(code(&["a.safetensors", "folder"]), "is-a-directory");
+    let folders = [&["--recipe", "folder", "-o", "c.safetensors"], &["a.safetensors", "--force", "-o", "folder"]];
+    for args in folders {
+        let ran = place.run(&[&["compose"] as &[&str], args].concat());
+        assert!(ran.code == 2 && ran.err.contains("hint: name ") && !ran.err.contains("--"), "{}", ran.err);
+    }
     place.write("chroma.safetensors", &module("lora_unet_distilled_guidance_layer_layers_0_in_layer", &[]));
     let family = place.run(&["compose", "a.safetensors", "chroma.safetensors", "-o", "c.safetensors"]);
     assert_eq!(family.code, 2);

@@ -49,6 +49,22 @@ fn one_file_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_composition_leaves_nothing_behind() {
+    let place = Place::new();
+    place.ok(&["sample", "--family", "flux1", "--dialect", "kohya", "--rank", "12", "-o", "x.safetensors"]);
+    let child = start(
+        &place,
+        &["compose", "x.safetensors:2", "-o", "y.safetensors", "--dtype", "fp32", "--jobs", "1", "--json"],
+    );
+    interrupt_when(&child, place.dir.path(), |name| name.ends_with(".tmp"));
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{output:?}");
+    assert_eq!(place.names(), ["x.safetensors"]);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&value["error"]["code"], output.stderr.as_slice()), (&"interrupted".into(), b"" as &[u8]));
+}
+
+#[test]
 fn of_many_files_the_finished_ones_stay() {
     let place = Place::new();
     place.write("lib/0.safetensors", &tiny());
