@@ -436,7 +436,8 @@ fn vector(adapter: &mut Adapter, component: usize, found: &Vector, factor: Optio
             let own = entry.vectors.iter().any(|v| v == key);
             if own && owners > 1 {
                 let message = format!("`{key}` is the sum of {owners} adapters' biases, which cannot be told apart");
-                return Err(Error::new(Code::UnsupportedModule, message).key(key));
+                let hint = "convert the file as a whole, or compose the original adapters anew";
+                return Err(Error::new(Code::UnsupportedModule, message).key(key).hint(hint));
             }
             !own
         }
