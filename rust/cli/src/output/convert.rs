@@ -8,7 +8,7 @@ use lorafmt_core::report::{Fidelity, Report, Warning};
 use lorafmt_core::strength::Strength;
 use serde_json::{Map, Value, json};
 
-use super::text::{BOLD, DIM, GREEN, bytes, clean, number, paint, plural, seconds};
+use super::text::{BOLD, DIM, GREEN, by_place, bytes, clean, number, paint, plural, seconds};
 use super::{Answer, View};
 
 /// A conversion that was done or planned.
@@ -125,16 +125,6 @@ impl Converted {
         }
         clean(&parts.join(", ")).into_owned()
     }
-}
-
-/// What a strength is elsewhere than in general.
-fn by_place(strength: &Strength) -> String {
-    let encoders = strength.text_encoders.map(|s| format!("text encoders {}", number(s)));
-    let components = strength.components.iter().map(|(name, s)| format!("{} {}", clean(name), number(*s)));
-    let blocks =
-        strength.blocks.iter().map(|(selector, s)| format!("{} x{}", clean(&selector.to_string()), number(*s)));
-    let places: Vec<String> = encoders.into_iter().chain(components).chain(blocks).collect();
-    if places.is_empty() { String::new() } else { format!("  ({})", places.join(", ")) }
 }
 
 fn fidelity(fidelity: Fidelity) -> &'static str {

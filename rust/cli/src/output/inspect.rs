@@ -5,10 +5,12 @@ use std::fmt::{Display, Write};
 
 use lorafmt_core::inspect::{Inspection, Native};
 use lorafmt_core::report::Warning;
+use lorafmt_core::strength::Strength;
 use serde_json::Value;
 
 use super::text::{
-    BOLD, DIM, GREEN, RED, YELLOW, bytes, clean, clean_lines, number, paint, percent, plural, quoted, shortened,
+    BOLD, DIM, GREEN, RED, YELLOW, by_place, bytes, clean, clean_lines, number, paint, percent, plural, quoted,
+    shortened,
 };
 use super::{Answer, View};
 
@@ -140,12 +142,8 @@ fn quantized(native: &Native, out: &mut String, view: &View) {
     row(out, "ranks", &format!("in all {}{own}{}", ranks(&native.ranks), layout.unwrap_or_default()));
     let mut lines = Vec::new();
     for (i, lora) in native.adapters.iter().enumerate() {
-        let strength = match lora.strength.as_f64() {
-            Some(strength) => number(strength),
-            None => clean(&lora.strength.to_string()).into_owned(),
-        };
         let name = paint(BOLD, clean(&lora.name));
-        let strength = format!("{} {strength}", paint(DIM, "strength"));
+        let strength = format!("{} {}", paint(DIM, "strength"), strength(&lora.strength));
         let rank = match lora.ranks.is_empty() {
             true => "in none of the layers".to_owned(),
             false => format!("{} {}", paint(DIM, "rank"), ranks(&lora.ranks)),
@@ -155,6 +153,17 @@ fn quantized(native: &Native, out: &mut String, view: &View) {
         lines.push(format!("{} {name}   {strength}   {rank}{hash}", i + 1));
     }
     list(out, "adapters", &lines, view.verbose);
+}
+
+/// A strength as metadata tells it: a number, numbers by place, or a list of such that are multiplied.
+fn strength(told: &Value) -> String {
+    match told {
+        Value::Array(factors) => factors.iter().map(strength).collect::<Vec<_>>().join(" times "),
+        told => match Strength::from_json(told) {
+            Ok(s) => format!("{}{}", number(s.all), by_place(&s)),
+            Err(_) => clean(&told.to_string()).into_owned(),
+        },
+    }
 }
 
 fn loads_in(file: &Inspection, out: &mut String) {

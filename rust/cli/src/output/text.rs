@@ -5,6 +5,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use anstyle::{AnsiColor, Style};
+use lorafmt_core::strength::Strength;
 
 pub(super) const BOLD: Style = Style::new().bold();
 pub(super) const DIM: Style = Style::new().dimmed();
@@ -90,6 +91,16 @@ pub(super) fn error(value: f64) -> String {
 /// A strength: what was typed, without what computing has added behind its sixth digit.
 pub(super) fn number(value: f64) -> String {
     format!("{value:.5e}").parse().unwrap_or(value).to_string()
+}
+
+/// What a strength is elsewhere than in general.
+pub(super) fn by_place(strength: &Strength) -> String {
+    let encoders = strength.text_encoders.map(|s| format!("text encoders {}", number(s)));
+    let components = strength.components.iter().map(|(name, s)| format!("{} {}", clean(name), number(*s)));
+    let blocks =
+        strength.blocks.iter().map(|(selector, s)| format!("{} x{}", clean(&selector.to_string()), number(*s)));
+    let places: Vec<String> = encoders.into_iter().chain(components).chain(blocks).collect();
+    if places.is_empty() { String::new() } else { format!(" ({})", places.join(", ")) }
 }
 
 pub(super) fn plural(n: usize, one: &str, many: &str) -> String {

@@ -91,7 +91,7 @@ fn every_source_is_told_once_for_each_strength() {
     assert_eq!(lines[1..], ["  0.8  a.safetensors", "    1  b.safetensors"]);
     let places = ["--text-encoder-strength", "0.5", "--block", "**.ff=2", "--force", "-v"];
     let placed = place.ok(&[&["compose", "a.safetensors", "-o", "c.safetensors"] as &[&str], &places].concat());
-    assert!(placed.out.contains("  1  a.safetensors  (text encoders 0.5, **.ff x2)\n"), "{}", placed.out);
+    assert!(placed.out.contains("  1  a.safetensors (text encoders 0.5, **.ff x2)\n"), "{}", placed.out);
 }
 
 #[test]

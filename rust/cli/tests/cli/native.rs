@@ -131,6 +131,31 @@ fn adapters_inside_are_scaled_one_by_one() {
 }
 
 #[test]
+fn strengths_by_place_are_told_and_multiply() {
+    let place = behind(Checkpoint::default());
+    let native = ["--to", "nunchaku", "--base", "base.safetensors", "-o", "p.safetensors", "-q"];
+    let blocks =
+        ["compose", "a.safetensors", "b.safetensors:2", "--block", "**.ff=0.5", "--text-encoder-strength", "0"];
+    place.ok(&[&blocks as &[&str], &native].concat());
+    place.ok(&["scale", "p.safetensors", "--block", "**.ff=2", "--lora", "b=0.5", "-o", "s.safetensors", "-q"]);
+    let text = place.ok(&["inspect", "s.safetensors"]).out;
+    let first = "1 a   strength 1 (text encoders 0, **.ff x0.5) times 1 (**.ff x2)   rank 2";
+    let second = "2 b   strength 2 (text encoders 0, **.ff x0.5) times 0.5 (**.ff x2)   rank 3";
+    assert!(text.contains(first) && text.contains(second), "{text}");
+    place.ok(&[
+        "compose",
+        "a.safetensors",
+        "b.safetensors",
+        "--component",
+        "text_encoder=0",
+        "-o",
+        "want.safetensors",
+        "-q",
+    ]);
+    same(&place, "want.safetensors", "s.safetensors", &[]);
+}
+
+#[test]
 fn equal_names_need_numbers() {
     let place = behind(Checkpoint::default());
     place.write("other/a.safetensors", &adapter(1, 1.0));
