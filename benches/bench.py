@@ -341,7 +341,7 @@ def tensors(bench: Bench) -> None:
     command = [sys.executable, "-c", WARM_MEMORY, str(bench.base), str(second)]
     bench.memory(
         memory,
-        lambda: float(subprocess.run(command, check=True, capture_output=True, text=True).stdout),
+        lambda: float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout),
     )
     same.unlink()
 
