@@ -45,12 +45,15 @@ pub(crate) fn convert(from: Dtype, source: &[u8], scale: f64, to: Dtype, target:
         target.copy_from_slice(source);
         return Loss::default();
     }
-    match (from, to) {
+    let mut loss = match (from, to) {
         (Dtype::BF16, Dtype::BF16) => scale_bf16(source, scale as f32, target),
         // A cast that is no multiplication must not pass integers or float64 through float32.
         _ if from == Dtype::F64 || to == Dtype::F64 || !from.is_float() => convert_f64(from, source, scale, to, target),
         _ => convert_f32(from, source, scale as f32, to, target),
-    }
+    };
+    // Zeros that were asked for are no loss.
+    loss.underflow &= scale != 0.0;
+    loss
 }
 
 /// The common case by itself, without a branch in the loop, so that it becomes vector code.
@@ -63,7 +66,6 @@ fn scale_bf16(source: &[u8], scale: f32, target: &mut [u8]) -> Loss {
         loss.underflow |= (rounded & 0x7fff == 0) & (bits & 0x7fff != 0);
         *o = rounded.to_le_bytes();
     }
-    loss.underflow &= scale != 0.0;
     loss
 }
 
@@ -79,7 +81,6 @@ fn convert_f32(from: Dtype, source: &[u8], scale: f32, to: Dtype, target: &mut [
         };
         loss |= Loss::seen(f64::from(value), f64::from(store(value * scale, to, o)));
     }
-    loss.underflow &= scale != 0.0;
     loss
 }
 
@@ -108,7 +109,6 @@ fn convert_f64(from: Dtype, source: &[u8], scale: f64, to: Dtype, target: &mut [
         };
         loss |= Loss::seen(value, stored);
     }
-    loss.underflow &= scale != 0.0;
     loss
 }
 

@@ -55,7 +55,12 @@ impl Module {
             [] => Module::new(Kind::Bias, BTreeMap::new()),
             [Kind::Lora] => sum_of_factors(terms),
             [kind @ (Kind::Full | Kind::Norm)] => Module::new(*kind, BTreeMap::new()),
-            [Kind::Set] => return refuse("is replaced by more than one of them"),
+            [Kind::Set] if terms.windows(2).all(|w| w[0].same_parameter(w[1])) => {
+                let mut out = terms[0].clone();
+                out.inputs = union(terms.iter().copied());
+                return Ok(out);
+            }
+            [Kind::Set] => return refuse("is replaced by more than one of them, each time by something else"),
             [kind] => return refuse(format!("is {} in more than one of them, and these do not add", kind.name())),
             [a, b, ..] => {
                 return refuse(format!("is {} in one and {} in another of them", a.name(), b.name()));
@@ -74,6 +79,11 @@ impl Module {
         out.inputs = union(terms.iter().copied());
         out.regrouped = true;
         Ok(out)
+    }
+
+    /// Whether both replace a parameter by the same numbers.
+    fn same_parameter(&self, other: &Module) -> bool {
+        self.get(Slot::Set).zip(other.get(Slot::Set)).is_some_and(|(a, b)| a.same_as(b))
     }
 
     /// The same sum without repetitions: a LoRA with the very factors of an earlier one adds its scale to it.
