@@ -110,8 +110,11 @@ class Report(_Document):
         """The document as ``--json`` prints it. Reads the source file once more, for its SHA-256."""
         document = super().to_dict()
         # A source in memory has no file to hash.
-        with suppress(OSError):
-            document["source"]["sha256"] = _sha256(self.source_path)
+        hashes: dict[str, str] = {}
+        for source in [document["source"], *document.get("sources", [])]:
+            with suppress(OSError):
+                path = source["path"]
+                source["sha256"] = hashes[path] = hashes.get(path) or _sha256(path)
         return document
 
 

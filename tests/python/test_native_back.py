@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lorafmt
@@ -15,7 +16,7 @@ import oracle
 from bases import SMALL, VARIED, Bases, BaseSpec
 from checks import NATIVE_ROUNDING, RANK_LAYOUTS, assert_native, convert, deltas_of, to_native
 from golden import Golden, write_by_rule
-from loras import MODULES, ORIGINAL, everything, kohya, lora
+from loras import MODULES, ORIGINAL, everything, kohya, lora, noise
 from native import Base, deltas_of_native
 from tensorfile import TensorFile, save
 
@@ -184,3 +185,30 @@ def test_a_composition_can_be_scaled(scratch: Path, bases: Bases, two: tuple[Pat
     assert_native(deltas_of([(a, 0.75), (b, 0.0)]), scratch / "off.safetensors", base, roundings=2)
     result = run("scale", native, "-o", scratch / "no.safetensors", "--lora", "nobody=2")
     assert result.returncode == 2 and "error:" in result.stderr
+
+
+def test_text_encoders_are_told_apart(scratch: Path, bases: Bases) -> None:
+    """One adapter has CLIP's first layer, the other its first two, with alphas that are vectors of one element."""
+    name = "lora_te1_text_model_encoder_layers_{}_mlp_fc1"
+    files = []
+    for number, layers in enumerate((range(1), range(2))):
+        extra = {}
+        for layer in layers:
+            key = name.format(layer)
+            extra[f"{key}.lora_down.weight"] = noise(4, 768, seed=layer + 1 + number)
+            extra[f"{key}.lora_up.weight"] = noise(3072, 4, seed=layer + 7 + number)
+            extra[f"{key}.alpha"] = np.full((1,), 2.0, np.float32), "F32"
+        ranks = {"double_blocks.0.img_attn.proj": 4}
+        files.append(kohya(scratch / f"{number}.safetensors", ranks, extra=extra, seed=number, dtype="F32"))
+    native, base = scratch / "native.safetensors", bases(SMALL)
+    lorafmt.compose([(file, 0.5) for file in files], native, to="nunchaku", base=base)
+    # The runtime looks up every vector outside the blocks in the model.
+    vectors = [key for key, entry in TensorFile(native).header.items() if len(entry.shape) == 1 and "lora_te" in key]
+    assert not vectors and "lorafmt.composed" not in TensorFile(native).metadata
+    parts = lorafmt.split(native)
+    for file, (stem, part) in zip(files, parts.items(), strict=True):
+        assert stem == file.stem
+        part.save(scratch / f"part-{stem}.safetensors", "kohya")
+        half = oracle.mixed([(oracle.reference(file), 0.5)])
+        comparison = oracle.compare(half, oracle.reference(scratch / f"part-{stem}.safetensors"), 2.0**-7)
+        assert comparison, str(comparison)

@@ -141,7 +141,8 @@ impl<'a> Encoder<'a> {
                 Some(part) => row.canonical[part].render(&variables),
                 None => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
             };
-            if let Some(reason) = self.unspellable(dialect, row, &module) {
+            let reason = self.unspellable(dialect, row, &module).or_else(|| self.stops(place, &module));
+            if let Some(reason) = reason {
                 self.lose(Code::UnsupportedKind, key, &module, &reason)?;
                 continue;
             }
@@ -355,6 +356,13 @@ impl<'a> Encoder<'a> {
         })
     }
 
+    /// Why the runtime of a quantized model stops at a module that is only carried: it looks up every vector.
+    fn stops(&self, place: &Place, module: &Module) -> Option<String> {
+        let looked_up = place.carried && self.dialect.native(self.adapter.family).is_some();
+        let vector = module.tensors.iter().any(|(slot, t)| *slot != Slot::Magnitude && t.shape().len() == 1);
+        (looked_up && vector).then(|| "has a bias or a norm, at which its loader stops".to_owned())
+    }
+
     /// Puts the scale where the dialect keeps it.
     fn fold(&self, mut spelled: Spelled<'a>) -> Spelled<'a> {
         let (module, dialect) = (&spelled.module, spelled.dialect);
@@ -443,6 +451,8 @@ impl<'a> Encoder<'a> {
             plan.outputs = branches.outputs;
             if let Some(draft) = branches.draft {
                 let (entry, digests) = draft.finish(self.ledger.composition.terms());
+                // The entry says the same and more.
+                plan.metadata.retain(|(key, _)| key != meta::COMPOSED);
                 plan.metadata.push(entry);
                 plan.digests = digests;
             }
@@ -509,10 +519,12 @@ impl<'a> Encoder<'a> {
         if s.dialect.spelling.contains_key(&Slot::Alpha) {
             let writes = s.dialect.alpha == AlphaPolicy::Tensor || s.module.kind != Kind::Lora;
             match (&s.module.alpha, s.module.rank()) {
-                (Some(alpha), _) if writes => push(
-                    Slot::Alpha,
-                    if alpha.dtype().is_fp8() { alpha.clone().cast(Dtype::F32) } else { alpha.clone() },
-                ),
+                (Some(alpha), _) if writes => {
+                    let alpha = if alpha.dtype().is_fp8() { alpha.clone().cast(Dtype::F32) } else { alpha.clone() };
+                    // A vector of one element is one, too (see `stops`).
+                    let scalar = self.dialect.native(self.adapter.family).is_some();
+                    push(Slot::Alpha, if scalar { alpha.reshaped(Vec::new()) } else { alpha });
+                }
                 (None, Some(rank)) if writes => {
                     push(Slot::Alpha, Tensor::scalar((s.module.scale * rank as f64) as f32))
                 }

@@ -7,7 +7,7 @@ use crate::compose::{Composition, Term};
 use crate::native::manifest;
 
 /// The entry in which a composition says what it was made of.
-const COMPOSED: &str = "lorafmt.composed";
+pub(crate) const COMPOSED: &str = "lorafmt.composed";
 
 /// Hashes over the tensors of the input; they are not those of the output.
 const HASHES: [&str; 3] = ["sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"];

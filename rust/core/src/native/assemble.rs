@@ -520,6 +520,10 @@ pub(crate) struct Draft {
 impl Draft {
     /// Notes a module outside the layers: the terms that have it, with their ranks one after the other.
     pub(crate) fn outside(&mut self, name: &str, terms: &[(usize, Option<usize>)]) {
+        // Whoever does not have it must be seen not to: others under one pattern may speak for all blocks.
+        for ranks in &mut self.ranks {
+            ranks.insert(name.to_owned(), None);
+        }
         let mut start = 0;
         for &(term, rank) in terms {
             match rank {

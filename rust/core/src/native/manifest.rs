@@ -56,7 +56,7 @@ pub struct Entry {
     /// `sha256:` and the hash of the file it was read from, where there was a file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash: Option<String>,
-    /// The strength that is multiplied in: a number, or an object of numbers by place.
+    /// The strength that is multiplied in: a number, an object of numbers by place, or a list of such that multiply.
     pub strength: serde_json::Value,
     /// Its ranks, by layer: first and one after the last. Layers that it does not touch are absent.
     pub ranks: BTreeMap<String, (usize, usize)>,
