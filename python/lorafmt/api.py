@@ -82,9 +82,21 @@ def check(src: Source, *, family: Family | None = None, from_: Dialect | None = 
     return reports._check(_lorafmt.check(native_source(src), json.dumps({"family": family, "from": from_})))
 
 
-def diff(a: Source, b: Source, *, tolerance: float = 1e-6, family: Family | None = None) -> reports.DiffReport:
-    """Compares what two adapters do, module by module: relative Frobenius error of the deltas, whatever the dialect."""
-    return reports._diff(_lorafmt.diff(_native(a, family, None), _native(b, family, None), tolerance))
+def diff(
+    a: Source,
+    b: Source,
+    *,
+    tolerance: float = 1e-6,
+    family: Family | None = None,
+    base: BaseLike | None = None,
+) -> reports.DiffReport:
+    """Compares what two adapters do, module by module: relative Frobenius error of the deltas, whatever the dialect.
+
+    ``base`` is taken off native files.
+    """
+    behind = native_base(base)
+    one, other = (_native(src, family, None, behind) for src in (a, b))
+    return reports._diff(_lorafmt.diff(one, other, tolerance))
 
 
 @overload
@@ -254,7 +266,7 @@ def compose(
         LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
     """
     options = _options(to, None, family, dtype, 1.0, unknown, lossy, layout, precision, max_rank, widen)
-    pairs = [_pair(lora) for lora in loras]
+    pairs = _pairs(loras)
     behind = native_base(base)
     terms: Terms = [(_native(src, family, None, behind), json.dumps(_strength(strength))) for src, strength in pairs]
     frameworks = {framework_of(src) for src, _ in pairs}
@@ -279,7 +291,7 @@ def scale(
         src: as for :func:`convert`.
         dst: the file to write; without it the result is an Adapter in memory.
         strength: a factor, or factors by place (see :data:`Strength`).
-        loras: factors of single adapters inside a native file, by their names in its metadata.
+        loras: factors of single adapters inside a native file, by the names that :func:`split` gives them.
         to, family, overwrite, progress: as for :func:`convert`.
         base: the quantized checkpoint of a native file that has no metadata.
 
@@ -301,12 +313,15 @@ def scale(
         layout, behind = "aligned", native_base(base)
     else:
         parts, behind, layout = native.disassemble(native_base(base))
-        unknown = sorted(factors.keys() - {name for name, _ in parts})
+        labels = _labels(parts)
+        unknown = sorted(factors.keys() - set(labels))
         if unknown:
-            names = ", ".join(name for name, _ in parts)
-            raise usage_error(f"the file holds no adapter called {unknown[0]!r}", f"its adapters: {names}")
-        terms = [(part, json.dumps(_strength(strength, factors.get(name, 1.0)))) for name, part in parts]
-    options = _options(to or info.dialect, None, family, "keep", 1.0, "error", "error", layout, None, None, None)
+            hint = f"its adapters: {', '.join(labels)}"
+            raise usage_error(f"the file holds no adapter called {unknown[0]!r}", hint)
+        named = zip(labels, parts, strict=True)
+        terms = [(part, json.dumps(_strength(strength, factors.get(label, 1.0)))) for label, (_, part) in named]
+    # What was carried into the file stays there.
+    options = _options(to or info.dialect, None, family, "keep", 1.0, "keep", "error", layout, None, None, None)
     return _run(terms, dst, options, behind, overwrite, progress, framework_of(src))
 
 
@@ -320,19 +335,31 @@ def split(src: Source, *, base: BaseLike | None = None) -> dict[str, Adapter]:
     """
     parts, _, _ = _native(src, None, None).disassemble(native_base(base))
     framework = framework_of(src)
-    out: dict[str, Adapter] = {}
-    for number, (name, part) in enumerate(parts, 1):
-        out[f"{name}-{number}" if name in out else name] = Adapter(part, options={}, framework=framework)
-    return out
+    named = zip(_labels(parts), parts, strict=True)
+    return {label: Adapter(part, options={"unknown": "keep"}, framework=framework) for label, (_, part) in named}
+
+
+def _labels(parts: list[tuple[str, _lorafmt.Adapter]]) -> list[str]:
+    """Names of adapters; of equal ones all but the first with their number."""
+    labels: list[str] = []
+    for number, (name, _) in enumerate(parts, 1):
+        labels.append(f"{name}-{number}" if name in labels else name)
+    return labels
 
 
 def _native_plan(loras: Iterable[Any], base: _lorafmt.Base, layout: str) -> _lorafmt.Plan:
     """What adapters are behind a base, without the metadata of a file."""
-    pairs = [_pair(lora) for lora in loras]
+    pairs = _pairs(loras)
     terms: Terms = [(_native(src, None, None, base), json.dumps(_strength(strength))) for src, strength in pairs]
     dialect = _lorafmt.native_dialect() or ""
     options = _options(dialect, None, None, "keep", 1.0, "error", "error", layout, None, None, None)
     return _lorafmt.plan(terms, options, base, False)
+
+
+def _pairs(loras: Any) -> list[tuple[Any, Any]]:
+    if isinstance(loras, str | bytes | os.PathLike | Mapping) or not isinstance(loras, Iterable):
+        raise usage_error(f"the LoRAs to compose are {type(loras).__name__}", "pass a list of (source, strength) pairs")
+    return [_pair(lora) for lora in loras]
 
 
 def _pair(lora: Any) -> tuple[Any, Any]:
@@ -345,14 +372,18 @@ def _pair(lora: Any) -> tuple[Any, Any]:
 
 def _strength(strength: Any, factor: float = 1.0) -> float | dict[str, Any]:
     """A strength as the native module takes it."""
+
+    def times(name: str, value: Any) -> float:
+        return _finite(name, _finite(name, value) * factor)
+
     if not isinstance(strength, Mapping):
-        return _finite("strength", strength) * factor
+        return times("strength", strength)
     places = {name: _finite(f"strength[{name!r}]", value) for name, value in strength.items()}
-    out: dict[str, Any] = {"strength": places.pop("*", 1.0) * factor}
+    out: dict[str, Any] = {"strength": times("strength", places.pop("*", 1.0))}
     if "text_encoders" in places:
-        out["text_encoder_strength"] = places.pop("text_encoders") * factor
+        out["text_encoder_strength"] = times("text_encoders", places.pop("text_encoders"))
     names = places.keys() & set(_lorafmt.components())
-    out["components"] = {name: places[name] * factor for name in places if name in names}
+    out["components"] = {name: times(name, places[name]) for name in places if name in names}
     out["blocks"] = {name: places[name] for name in places if name not in names}
     return out
 

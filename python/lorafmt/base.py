@@ -22,9 +22,9 @@ class Base:
     Only its header is read and its branches are mapped, never unpacked: they are copied tile by tile into what is made.
     """
 
-    def __init__(self, native: _lorafmt.Base) -> None:
-        self._native = native
-        self._facts = native.facts()
+    def __init__(self, path: str | os.PathLike[str] | _lorafmt.Base) -> None:
+        self._native = path if isinstance(path, _lorafmt.Base) else _lorafmt.Base.open(os.fspath(path))
+        self._facts = self._native.facts()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Base:

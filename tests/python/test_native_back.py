@@ -212,3 +212,76 @@ def test_text_encoders_are_told_apart(scratch: Path, bases: Bases) -> None:
         half = oracle.mixed([(oracle.reference(file), 0.5)])
         comparison = oracle.compare(half, oracle.reference(scratch / f"part-{stem}.safetensors"), 2.0**-7)
         assert comparison, str(comparison)
+
+
+def test_smoothing_is_taken_off_only_with_the_base(scratch: Path, bases: Bases) -> None:
+    """A scaled native file in memory has the ranks of its base, not the base's smoothing factors."""
+    fused, plain = bases(BaseSpec(rank=16, fused=True)), bases(BaseSpec(rank=16))
+    source = lora(scratch / "a.safetensors", everything())
+    native = scratch / "native.safetensors"
+    lorafmt.convert(source, native, to="nunchaku", base=fused)
+    scaled = lorafmt.scale(native, strength=2.0)
+    assert isinstance(scaled, lorafmt.Adapter)
+    with pytest.raises(lorafmt.LorafmtError) as caught:
+        scaled["transformer_blocks.0.attn.to_v"].delta()
+    assert caught.value.code == "base-needed"
+    with pytest.raises(lorafmt.LorafmtError) as caught:
+        lorafmt.convert(native, scratch / "wrong.safetensors", base=plain)
+    assert caught.value.code == "wrong-base" and not (scratch / "wrong.safetensors").exists()
+    lorafmt.scale(native, scratch / "twice.safetensors", strength=2.0)
+    assert_native(deltas_of([(source, 2.0)]), scratch / "twice.safetensors", fused)
+
+
+def test_a_strength_of_convert_is_told(scratch: Path, bases: Bases) -> None:
+    source, native = lora(scratch / "a.safetensors", MODULES), scratch / "native.safetensors"
+    lorafmt.convert(source, native, to="nunchaku", base=bases(SMALL), strength=0.5)
+    assert [entry["strength"] for entry in lorafmt.inspect(native)["native"]["adapters"]] == [0.5]
+
+
+def test_untrained_modules_are_accounted_for(scratch: Path, bases: Bases) -> None:
+    """Ups of zeros make no module; their tensors have a fate all the same."""
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    zero = {f"{name}.lora_A.weight": noise(4, 3072), f"{name}.lora_B.weight": (np.zeros((3072, 4), np.float32), "F32")}
+    source = lora(scratch / "a.safetensors", {"transformer_blocks.0.ff.net.2": 4}, extra=zero)
+    native, base = scratch / "native.safetensors", bases(SMALL)
+    to_native(source, native, base)
+    convert(native, scratch / "back.safetensors", to="diffusers", base=base)
+
+
+def test_equal_names_are_numbered(scratch: Path, bases: Bases) -> None:
+    files = [lora(scratch / str(n) / "a.safetensors", MODULES, seed=n) for n in range(2)]
+    native, base = scratch / "native.safetensors", bases(SMALL)
+    lorafmt.compose([(file, 1.0) for file in files], native, to="nunchaku", base=base)
+    assert list(lorafmt.split(native)) == ["a", "a-2"]
+    lorafmt.scale(native, scratch / "scaled.safetensors", loras={"a-2": -2.0})
+    assert_native(deltas_of([(files[0], 1.0), (files[1], -2.0)]), scratch / "scaled.safetensors", base)
+    with pytest.raises(lorafmt.UsageError):
+        lorafmt.scale(native, scratch / "no.safetensors", strength=1e200, loras={"a": 1e200})
+
+
+def test_whole_and_parts_of_a_module_add(scratch: Path, bases: Bases) -> None:
+    """A fused LoKr that cannot be cut, and a LoRA on one of its parts."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    to_q = "transformer.transformer_blocks.0.attn.to_q"
+    extra = {
+        f"{name}.lokr_w1": noise(2, 3),
+        f"{name}.lokr_w2_a": noise(4608, 2),
+        f"{name}.lokr_w2_b": noise(2, 1024),
+        f"{to_q}.lora_A.weight": noise(4, 3072),
+        f"{to_q}.lora_B.weight": noise(3072, 4),
+    }
+    source = kohya(scratch / "a.safetensors", {"double_blocks.0.img_attn.proj": 4}, extra=extra)
+    to_native(source, scratch / "native.safetensors", bases(SMALL))
+
+
+def test_fp8_biases_outside_the_blocks(scratch: Path, bases: Bases) -> None:
+    extra = {
+        "transformer.x_embedder.lora_A.weight": (noise(4, 64)[0], "F8_E4M3"),
+        "transformer.x_embedder.lora_B.weight": (noise(3072, 4)[0], "F8_E4M3"),
+        "transformer.x_embedder.lora_B.bias": (noise(3072)[0], "F8_E4M3"),
+    }
+    source = lora(scratch / "a.safetensors", MODULES, extra=extra)
+    base, native = bases(SMALL), scratch / "native.safetensors"
+    lorafmt.compose([(source, 0.5)], native, to="nunchaku", base=base)
+    assert TensorFile(native).header["x_embedder.bias"].dtype == "BF16"
+    assert_native(deltas_of([(source, 0.5)]), native, base)

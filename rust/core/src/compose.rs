@@ -4,6 +4,7 @@
 //! itself, so that factors it shares stay shared, and only then are the terms of a module put together.
 
 use std::borrow::Cow;
+use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
@@ -39,7 +40,11 @@ pub struct Term<'a> {
 impl<'a> Term<'a> {
     /// A term; its name is that of the file, without ending.
     pub fn new(adapter: &'a Adapter, strength: Strength) -> Self {
-        let stem = adapter.source.path().file_stem().map(|s| s.to_string_lossy().into_owned());
+        let path = adapter.source.path();
+        // Of a folder as PEFT writes it every file has the same name.
+        let folder = path.parent().filter(|_| path.file_name().is_some_and(|n| n == "adapter_model.safetensors"));
+        let named = folder.and_then(Path::file_name).or(path.file_stem());
+        let stem = named.map(|s| s.to_string_lossy().into_owned());
         let origin = adapter.native.as_ref().and_then(|n| n.entry.as_ref());
         let name = origin.map(|e| e.name.clone()).or(stem).unwrap_or_default();
         Self { adapter, strength, name, start: 0, origin }
@@ -64,13 +69,14 @@ impl<'a> Term<'a> {
     }
 
     /// The strength that its numbers have by now: a number, or an object of numbers by place.
-    pub(crate) fn written_strength(&self) -> Value {
+    pub(crate) fn written_strength(&self, factor: f64) -> Value {
+        let strength = self.strength.times(factor);
         let before = self.origin.map(|e| &e.strength);
-        match (before.map(Value::as_f64), self.strength.everywhere()) {
-            (None, _) | (Some(Some(1.0)), _) => self.strength.to_json(),
+        match (before.map(Value::as_f64), strength.everywhere()) {
+            (None, _) | (Some(Some(1.0)), _) => strength.to_json(),
             (Some(Some(before)), Some(now)) => json!(before * now),
             // Several places, several times: both are told.
-            (Some(_), _) => json!([before, self.strength.to_json()]),
+            (Some(_), _) => json!([before, strength.to_json()]),
         }
     }
 

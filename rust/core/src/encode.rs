@@ -239,6 +239,13 @@ impl<'a> Encoder<'a> {
             owners.push((term, module.rank()));
             modules.push(module);
         }
+        let bare = |m: &Module| m.kind == Kind::Bias;
+        if !dialect.holds(Slot::DiffB) && !modules.iter().all(bare) {
+            // The others do without it.
+            for bias in modules.extract_if(.., |m| bare(m)) {
+                self.lose(Code::UnsupportedKind, key, &bias, "has a bias, which it cannot hold")?;
+            }
+        }
         match self.branches.as_mut().and_then(|b| b.draft.as_mut()) {
             Some(draft) => draft.outside(&entry_name(self.adapter, key), &owners),
             None => modules = Module::distinct(modules),
@@ -450,7 +457,7 @@ impl<'a> Encoder<'a> {
             plan.modules += branches.modules;
             plan.outputs = branches.outputs;
             if let Some(draft) = branches.draft {
-                let (entry, digests) = draft.finish(self.ledger.composition.terms());
+                let (entry, digests) = draft.finish(self.ledger.composition.terms(), self.options.strength);
                 // The entry says the same and more.
                 plan.metadata.retain(|(key, _)| key != meta::COMPOSED);
                 plan.metadata.push(entry);

@@ -36,8 +36,13 @@ fn composed<T>(
     }
     let agreed = agree(&adapters)?;
     let term = |(adapter, (_, strength)): (_, &(_, Option<String>))| {
-        let json = strength.as_deref().and_then(|text| serde_json::from_str(text).ok());
-        let strength = json.map_or(Ok(Strength::default()), |json| Strength::from_json(&json))?;
+        let strength = match strength {
+            None => Strength::default(),
+            Some(text) => {
+                let bad = |e| Error::new(Code::InvalidArgument, format!("a strength of `{text}` makes no sense: {e}"));
+                Strength::from_json(&serde_json::from_str(text).map_err(bad)?)?
+            }
+        };
         Ok(Term::new(adapter, strength))
     };
     let terms = agreed.iter().map(AsRef::as_ref).zip(terms).map(term).collect::<Result<Vec<_>>>()?;

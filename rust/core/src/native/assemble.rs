@@ -179,7 +179,10 @@ impl<'a> Assembler<'_, '_, 'a> {
         for member in members {
             let row = &self.component.rows[member.address.row];
             let whole = member.address.namespace > 0;
-            let inside = whole || claimed.contains_key(&member.key.path);
+            let inside = match whole {
+                true => row.canonical.iter().any(|t| claimed.contains_key(&t.render(&member.address.variables))),
+                false => claimed.contains_key(&member.key.path),
+            };
             if row.op == Op::Only {
                 rest.push(self.parameter(member));
             } else if !inside && member.module.get(Slot::DiffB).is_none() {
@@ -315,8 +318,19 @@ impl<'a> Assembler<'_, '_, 'a> {
         base: &BaseLayer,
         term: usize,
     ) -> Result<Option<Module>, Refusal> {
-        let find = |path: &String| self.parts.get(path)?.iter().find(|p| p.term == term).map(|p| p.module.clone());
-        let mut parts: Vec<Option<Module>> = paths.iter().map(find).collect();
+        // A file may claim a module twice, whole and in parts: both count.
+        let find = |path: &String| {
+            let claims: Vec<&Module> = match self.parts.get(path) {
+                Some(parts) => parts.iter().filter(|p| p.term == term).map(|p| &p.module).collect(),
+                None => Vec::new(),
+            };
+            match claims.as_slice() {
+                [] => Ok(None),
+                [one] => Ok(Some((*one).clone())),
+                several => Module::sum(several).map(Some),
+            }
+        };
+        let mut parts: Vec<Option<Module>> = paths.iter().map(find).collect::<Result<_, Refusal>>()?;
         if parts.iter().all(Option::is_none) {
             return Ok(None);
         }
@@ -385,13 +399,21 @@ impl<'a> Assembler<'_, '_, 'a> {
             names.join(", "),
             worst.base.rank()
         );
-        Err(Error::new(Code::RankTooHigh, message).at(self.ledger.composition.first().source.path()))
+        let error = Error::new(Code::RankTooHigh, message).at(self.ledger.composition.first().source.path());
+        Err(match self.layout {
+            Layout::Aligned => error.hint(
+                "compose fewer adapters, or reduce their ranks first; `--layout packed` leaves no gaps between them",
+            ),
+            Layout::Packed => error,
+        })
     }
 
     /// The two factors of a layer.
     fn branches(&self, target: &Target<'_>, outputs: &mut Vec<Output>) {
         let layer = target.layer;
-        let dtype = if layer.interleave.is_some() { self.dtype } else { target.base.dtype.unwrap_or(self.dtype) };
+        // Modulation layers have no branch in a checkpoint; one that a file carries is of the file's own type.
+        let own = layer.interleave.is_none() || self.base.is_carried();
+        let dtype = target.base.dtype.filter(|_| own).unwrap_or(self.dtype);
         let (rows, cols) = (layer.output(), layer.input);
         let mut down = Tensor::zeros(dtype, vec![target.added, cols]);
         let mut up = Tensor::zeros(dtype, vec![rows, target.added]);
@@ -447,7 +469,8 @@ impl<'a> Assembler<'_, '_, 'a> {
                 self.vectors[*term].insert(key.clone());
             }
             let sum = Tensor::sum(&parts.into_iter().map(|(_, t)| t).collect::<Vec<_>>());
-            outputs.push(Output { key, tensor: sum });
+            let dtype = if sum.dtype().is_fp8() { Dtype::BF16 } else { sum.dtype() };
+            outputs.push(Output { key, tensor: sum.cast(dtype) });
         }
     }
 
@@ -537,16 +560,18 @@ impl Draft {
     }
 
     /// The entry, and the hashes that it still lacks.
-    pub(crate) fn finish(self, terms: &[Term<'_>]) -> ((String, String), Vec<Digest>) {
+    pub(crate) fn finish(self, terms: &[Term<'_>], strength: f64) -> ((String, String), Vec<Digest>) {
         let (hashes, digests): (Vec<_>, Vec<_>) = terms.iter().enumerate().map(|(n, t)| t.hash(n)).unzip();
         let entry = |(((term, hash), ranks), vectors): (((&Term<'_>, Option<String>), _), BTreeSet<String>)| Entry {
             name: term.name.clone(),
             hash,
-            strength: term.written_strength(),
+            strength: term.written_strength(strength),
             ranks: compress(&ranks, (0, 0)),
             vectors: vectors.into_iter().collect(),
         };
-        let entries = terms.iter().zip(hashes).zip(self.ranks).zip(self.vectors).map(entry).collect();
+        let entries = terms.iter().zip(hashes).zip(self.ranks).zip(self.vectors).map(entry);
+        // An adapter of strength zero has left nothing in the file.
+        let entries = entries.filter(|e| !e.ranks.is_empty() || !e.vectors.is_empty()).collect();
         let manifest = Manifest::new(self.base, self.layout, entries);
         let entry = (KEY.to_owned(), serde_json::to_string(&manifest).unwrap_or_default());
         (entry, digests.into_iter().flatten().collect())

@@ -91,6 +91,8 @@ pub struct Base {
     precision: Option<Precision>,
     name: String,
     smoothed: bool,
+    /// Whether it is only what a native file carries of it.
+    carried: bool,
 }
 
 impl Base {
@@ -128,6 +130,7 @@ impl Base {
             precision: reader.precision(),
             name: source.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
             smoothed: layers.values().any(|l| matches!(l.smoothing, Smoothing::Fused(_))),
+            carried: false,
             layers,
         })
     }
@@ -146,8 +149,14 @@ impl Base {
             precision: manifest.base.precision.as_deref().and_then(Precision::from_name),
             name: manifest.base.name.clone(),
             smoothed: manifest.base.smoothed,
+            carried: true,
             layers,
         }
+    }
+
+    /// Whether it is what a native file carries of its base: branches without smoothing factors.
+    pub(crate) fn is_carried(&self) -> bool {
+        self.carried
     }
 
     /// Whether these are branches that a file carries in itself.

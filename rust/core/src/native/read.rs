@@ -164,7 +164,7 @@ impl Branches {
             let plain = layer.interleave.is_none();
             let held = BaseLayer {
                 branch: (plain && ranks > 0).then(|| (branch(down), branch(up))),
-                dtype: plain.then(|| input(down).dtype()),
+                dtype: Some(input(down).dtype()),
                 bias,
                 smoothing: Smoothing::Plain,
             };
@@ -187,6 +187,14 @@ impl Branches {
             );
             return Err(Error::new(Code::WrongBase, message).at(adapter.source.path()));
         }
+        if let (Some(base), Some(manifest)) = (reading.base, &manifest)
+            && base.smoothed() != manifest.base.smoothed
+        {
+            let message = "the base tells another smoothing of its attention outputs than the file was made for";
+            return Err(Error::new(Code::WrongBase, message).at(adapter.source.path()));
+        }
+        // What a file carries of its base says nothing that its metadata does not say, and has no smoothing factors.
+        let reading = Reading { base: reading.base.filter(|b| !b.is_carried()), ..reading };
         let entry = match (reading.only, &manifest) {
             (Some(number), Some(manifest)) => manifest.adapters.get(number).cloned(),
             _ => None,
@@ -201,7 +209,7 @@ impl Branches {
             spent: Vec::new(),
         });
         if adapter.native.as_ref().is_some_and(|n| n.entry.is_some()) {
-            keep_own(adapter);
+            keep_own(adapter)?;
         }
         let registry = Arc::clone(&adapter.registry);
         let native = &registry.dialects[self.dialect].natives[self.native];
@@ -298,7 +306,11 @@ impl Branches {
             divide_columns(&mut module, factor);
         }
         let factor = base.and_then(|b| b.folded_into(native, layer, &found.variables));
-        Ok(apart(layer, &found.variables, &module, factor))
+        let modules = apart(layer, &found.variables, &module, factor);
+        if let (true, Some(info)) = (modules.is_empty(), adapter.native.as_mut()) {
+            info.spent.extend([down, up]);
+        }
+        Ok(modules)
     }
 }
 
@@ -468,8 +480,10 @@ fn vector(adapter: &mut Adapter, component: usize, found: &Vector, factor: Optio
 }
 
 /// Of the modules outside the layers, those of one adapter, and of each only its own ranks.
-fn keep_own(adapter: &mut Adapter) {
-    let Some(entry) = adapter.native.as_ref().and_then(|n| n.entry.clone()) else { return };
+fn keep_own(adapter: &mut Adapter) -> Result<()> {
+    let Some(entry) = adapter.native.as_ref().and_then(|n| n.entry.clone()) else { return Ok(()) };
+    let manifest = adapter.native.as_ref().and_then(|n| n.manifest.clone());
+    let owners = |name: &String| manifest.iter().flat_map(|m| &m.adapters).filter(|a| a.vectors.contains(name)).count();
     let modules = std::mem::take(&mut adapter.modules);
     let mut spent = Vec::new();
     for (key, mut placed) in modules {
@@ -485,6 +499,13 @@ fn keep_own(adapter: &mut Adapter) {
                 true
             }
             Some(_) => false,
+            None if entry.vectors.contains(&name) && owners(&name) > 1 => {
+                let message = format!(
+                    "`{name}` is the sum of {} adapters' differences, which cannot be told apart",
+                    owners(&name)
+                );
+                return Err(Error::new(Code::UnsupportedModule, message).at(adapter.source.path()));
+            }
             None => entry.vectors.contains(&name),
         };
         if keep {
@@ -496,6 +517,7 @@ fn keep_own(adapter: &mut Adapter) {
     if let Some(info) = adapter.native.as_mut() {
         info.spent.extend(spent);
     }
+    Ok(())
 }
 
 /// What a manifest calls a module outside the layers: modules of the main component by their path alone.
