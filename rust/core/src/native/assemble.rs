@@ -187,6 +187,10 @@ impl<'a> Assembler<'_, '_, 'a> {
                 rest.push(self.parameter(member));
             } else if !inside && member.module.get(Slot::DiffB).is_none() {
                 rest.push(member);
+            } else if !inside && whole {
+                // Its rows are not in canonical order yet, and a vector is written under its canonical name.
+                let reason = "has a bias, and rows that its kind does not let permute";
+                self.lose(Code::UnsupportedKind, member.key, &member.module, reason)?;
             } else if !inside {
                 rest.extend(self.take_bias(member));
             } else {
