@@ -3,10 +3,7 @@
 use std::f64::consts::TAU;
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatRef, Par};
-
-use super::thin::{Svd, flat, of_view, times, view};
+use super::matrix::{Matrix, Svd, svd};
 
 /// Elements of a tile.
 const TILE: usize = 1 << 20;
@@ -47,7 +44,7 @@ pub struct Sketched {
 /// over the rows accumulates `A^T (A V)`, which is two half-steps of their power iteration in one reading of the matrix,
 /// and orthonormalises it; the last one projects. With `niter` passes before it the singular values count to the power
 /// `2 niter`. Where all directions are followed the result is the whole decomposition. Memory: (m + n) (rank +
-/// oversample) and one tile. The same seed gives the same result, whatever the tiles and threads.
+/// oversample) and one tile. The same seed gives the same result on any number of threads.
 pub fn sketch<E>(
     m: usize,
     n: usize,
@@ -55,38 +52,24 @@ pub fn sketch<E>(
     mut tile: impl FnMut(Range<usize>) -> Result<Vec<f64>, E>,
 ) -> Result<Option<Sketched>, E> {
     let width = how.rank.saturating_add(how.oversample).min(m).min(n);
-    if width == 0 {
-        return Ok(Some(Sketched { svd: Svd { rows: m, cols: n, u: vec![], s: vec![], vt: vec![] }, norm2: 0.0 }));
-    }
-    let mut basis = Mat::from_fn(n, width, |i, j| gaussian(how.seed, (i * width + j) as u64));
+    let mut basis = Matrix::from_fn(n, width, |i, j| gaussian(how.seed, (i * width + j) as u64));
     // Without a pass before it the last one would project on noise.
     for _ in 0..how.niter.max(1) {
-        let mut next = Mat::<f64>::zeros(n, width);
-        let mut finite = true;
-        each_tile(m, n, &mut tile, |_, rows| {
-            let image = times(rows, basis.as_ref());
-            matmul(next.as_mut(), Accum::Add, rows.transpose(), image.as_ref(), 1.0, Par::Seq);
-            finite &= (0..width).all(|j| (0..image.nrows()).all(|i| image[(i, j)].is_finite()));
-        })?;
-        if !finite || !is_finite(next.as_ref()) {
+        let mut next = Matrix::zeros(n, width);
+        each_tile(m, n, &mut tile, |_, rows| next.add_transpose_product(rows, &rows.times(&basis)))?;
+        if !next.is_finite() {
             return Ok(None);
         }
-        basis = next.qr().compute_thin_Q();
+        basis = next.orthonormalised();
     }
-    let mut image = vec![0.0; m * width];
+    let mut image = Matrix::zeros(m, width);
     let mut norm2 = 0.0;
     each_tile(m, n, &mut tile, |range, rows| {
-        norm2 += square(rows);
-        let part = flat(times(rows, basis.as_ref()).as_ref());
-        image[range.start * width..range.end * width].copy_from_slice(&part);
+        norm2 += rows.norm_squared();
+        image.data_mut()[range.start * width..range.end * width].copy_from_slice(rows.times(&basis).data());
     })?;
-    if !norm2.is_finite() {
-        return Ok(None);
-    }
-    let Some(inner) = of_view(view(&image, m, width)) else { return Ok(None) };
-    let vt = times(view(&inner.vt, inner.s.len(), width), basis.transpose());
-    let svd = Svd { rows: m, cols: n, u: inner.u, s: inner.s, vt: flat(vt.as_ref()) };
-    Ok(Some(Sketched { svd, norm2 }))
+    let Some(Svd { u, s, v }) = svd(&image).filter(|_| norm2.is_finite()) else { return Ok(None) };
+    Ok(Some(Sketched { svd: Svd { u, s, v: basis.times(&v) }, norm2 }))
 }
 
 /// Gives all rows to `work`, some at a time.
@@ -94,23 +77,15 @@ fn each_tile<E>(
     m: usize,
     n: usize,
     tile: &mut impl FnMut(Range<usize>) -> Result<Vec<f64>, E>,
-    mut work: impl FnMut(Range<usize>, MatRef<'_, f64>),
+    mut work: impl FnMut(Range<usize>, &Matrix),
 ) -> Result<(), E> {
     let step = (TILE / n.max(1)).max(1);
     for start in (0..m).step_by(step) {
         let range = start..m.min(start + step);
-        let values = tile(range.clone())?;
-        work(range.clone(), view(&values, range.len(), n));
+        let rows = Matrix::new(range.len(), n, tile(range.clone())?);
+        work(range, &rows);
     }
     Ok(())
-}
-
-fn is_finite(matrix: MatRef<'_, f64>) -> bool {
-    (0..matrix.ncols()).all(|j| (0..matrix.nrows()).all(|i| matrix[(i, j)].is_finite()))
-}
-
-fn square(matrix: MatRef<'_, f64>) -> f64 {
-    matrix.squared_norm_l2()
 }
 
 /// A standard normal number that depends on nothing but the seed and its index.
@@ -135,33 +110,32 @@ fn mix(n: u64) -> u64 {
 mod tests {
     use std::convert::Infallible;
 
-    use super::super::thin::{product, svd};
     use super::*;
 
-    fn noise(count: usize, seed: u64) -> Vec<f64> {
-        (0..count as u64).map(|i| gaussian(seed, i)).collect()
+    fn noise(rows: usize, cols: usize, seed: u64) -> Matrix {
+        Matrix::from_fn(rows, cols, |i, j| gaussian(seed, (i * cols + j) as u64))
     }
 
-    fn sketched(m: usize, n: usize, how: Sketch, values: &[f64]) -> Sketched {
-        let rows = |r: Range<usize>| Ok::<_, Infallible>(values[r.start * n..r.end * n].to_vec());
-        sketch(m, n, how, rows).expect("no error").expect("finite")
+    fn sketched(a: &Matrix, how: Sketch) -> Sketched {
+        let n = a.cols();
+        let rows = |r: Range<usize>| Ok::<_, Infallible>(a.data()[r.start * n..r.end * n].to_vec());
+        sketch(a.rows(), n, how, rows).expect("no error").expect("finite")
     }
 
     /// A matrix whose singular values fall like those of a weight difference.
-    fn decaying(m: usize, n: usize) -> Vec<f64> {
+    fn decaying(m: usize, n: usize) -> Matrix {
         let r = m.min(n);
-        let b: Vec<f64> =
-            noise(m * r, 1).iter().enumerate().map(|(i, v)| v / (1.0 + (i % r) as f64).powf(0.8)).collect();
-        product(m, r, n, &b, &noise(r * n, 2))
+        let fall: Vec<f64> = (0..r).map(|j| (1.0 + j as f64).powf(-0.8)).collect();
+        noise(m, r, 1).scaled_cols(&fall).times(&noise(r, n, 2))
     }
 
     #[test]
     fn leading_values_are_those_of_the_whole() {
         for (m, n) in [(80, 60), (60, 300), (900, 40)] {
-            let values = decaying(m, n);
-            let exact = svd(m, n, &values).expect("finite");
-            let found = sketched(m, n, Sketch::of_rank(8), &values);
-            assert!((found.norm2 / values.iter().map(|v| v * v).sum::<f64>() - 1.0).abs() < 1e-12);
+            let a = decaying(m, n);
+            let exact = svd(&a).expect("finite");
+            let found = sketched(&a, Sketch::of_rank(8));
+            assert!((found.norm2 / a.norm_squared() - 1.0).abs() < 1e-12);
             for (x, y) in found.svd.s[..8].iter().zip(&exact.s) {
                 assert!((x / y - 1.0).abs() < 1e-4, "{m} {n}: {x} {y}");
             }
@@ -172,18 +146,16 @@ mod tests {
 
     #[test]
     fn with_all_directions_it_is_exact() {
-        let (m, n) = (12, 9);
-        let values = decaying(m, n);
-        let found = sketched(m, n, Sketch::of_rank(9), &values).svd;
-        let scaled: Vec<f64> = found.u.chunks_exact(9).flat_map(|r| r.iter().zip(&found.s).map(|(x, s)| x * s)).collect();
-        for (x, y) in product(m, 9, n, &scaled, &found.vt).iter().zip(&values) {
+        let a = decaying(12, 9);
+        let Svd { u, s, v } = sketched(&a, Sketch::of_rank(9)).svd;
+        for (x, y) in u.scaled_cols(&s).times_transpose(&v).data().iter().zip(a.data()) {
             assert!((x - y).abs() < 1e-12, "{x} {y}");
         }
     }
 
     #[test]
     fn nothing_and_nan() {
-        let zero = sketched(5, 4, Sketch::of_rank(2), &[0.0; 20]);
+        let zero = sketched(&Matrix::zeros(5, 4), Sketch::of_rank(2));
         assert!(zero.norm2 == 0.0 && zero.svd.s.iter().all(|s| *s == 0.0));
         let bad = |_: Range<usize>| Ok::<_, Infallible>(vec![f64::NAN; 6]);
         assert!(sketch(2, 3, Sketch::of_rank(1), bad).expect("no error").is_none());
@@ -193,10 +165,9 @@ mod tests {
 
     #[test]
     fn numbers_are_normal() {
-        let values = noise(40_000, 7);
-        let mean = values.iter().sum::<f64>() / 4e4;
+        let values = noise(40_000, 1, 7).into_data();
         let moment = |p: i32| values.iter().map(|v| v.powi(p)).sum::<f64>() / 4e4;
-        assert!(mean.abs() < 0.02 && (moment(2) - 1.0).abs() < 0.03 && (moment(4) - 3.0).abs() < 0.2);
+        assert!(moment(1).abs() < 0.02 && (moment(2) - 1.0).abs() < 0.03 && (moment(4) - 3.0).abs() < 0.2);
         assert_eq!(gaussian(7, 3).to_bits(), values[3].to_bits());
     }
 }

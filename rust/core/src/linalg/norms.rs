@@ -1,12 +1,6 @@
-//! Small dense linear algebra in float64. Knows nothing of adapters. Single-threaded: callers run many at once.
-
-mod range;
-mod thin;
+//! Norms of low-rank products, accurate to rounding even for differences of nearly equal ones.
 
 use std::ops::Range;
-
-pub use range::{Sketch, Sketched, gaussian, sketch};
-pub use thin::{Svd, product, svd, svd_of_product};
 
 /// Rows that are factored at a time: with a few dozen columns they stay in the second-level cache.
 const CHUNK: usize = 256;
