@@ -1,7 +1,10 @@
 //! Operations on canonical adapters. They know no key, no dialect and no family.
 
+mod based;
 mod delta;
 mod diff;
+mod rotation;
 
+pub use based::Based;
 pub use delta::{delta_rows, shape};
 pub use diff::{DiffReport, ModuleDiff, diff};
