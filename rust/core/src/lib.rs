@@ -31,5 +31,6 @@ pub mod sample;
 pub mod strength;
 pub mod table;
 pub mod tensor;
+pub mod weights;
 
 pub use error::{Code, Error, Result};
