@@ -25,6 +25,7 @@ pub mod meta;
 pub mod native;
 pub mod ops;
 pub mod plan;
+pub mod random;
 pub mod recipe;
 pub mod report;
 pub mod sample;

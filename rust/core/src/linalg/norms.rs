@@ -1,4 +1,4 @@
-//! Small dense linear algebra in float64. Knows nothing of adapters. Single-threaded: callers run many at once.
+//! Norms of low-rank products, accurate to rounding even for differences of nearly equal ones.
 
 use std::ops::Range;
 
