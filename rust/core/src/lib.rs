@@ -25,11 +25,13 @@ pub mod meta;
 pub mod native;
 pub mod ops;
 pub mod plan;
+pub mod random;
 pub mod recipe;
 pub mod report;
 pub mod sample;
 pub mod strength;
 pub mod table;
 pub mod tensor;
+pub mod weights;
 
 pub use error::{Code, Error, Result};

@@ -277,6 +277,26 @@ impl Registry {
         hits
     }
 
+    /// Every module of every family that bears this dotted name in one of its namespaces, the canonical one first.
+    pub(crate) fn named(&self, path: &str) -> Vec<Hit> {
+        let Some(skeleton) = Skeleton::of(path) else { return Vec::new() };
+        let entries = self.paths.get(&skeleton.text).into_iter().flatten().filter(|e| !e.with_param);
+        let hit = |entry: &Entry| {
+            let variables = entry.template.matches(&skeleton.digits, entry.variables)?;
+            (entry.template.render(&variables) == path).then(|| Hit {
+                family: entry.family,
+                component: entry.component,
+                namespace: entry.namespace,
+                row: entry.row,
+                part: entry.part,
+                variables,
+                prefix: String::new(),
+                with_param: false,
+            })
+        };
+        entries.filter_map(hit).collect()
+    }
+
     /// The spelling that `slot` has beside a key of this suffix: `.lora_up.weight` beside `.lora_down.weight`.
     pub fn partner(&self, found: &SuffixMatch<'_>, slot: Slot) -> String {
         let same_list = self.suffixes.iter().find(|s| s.slot == slot && s.index == found.spelling);

@@ -6,6 +6,7 @@
 
 mod contract;
 mod derived;
+mod linear;
 mod piece;
 
 use std::ops::Range;

@@ -1,0 +1,13 @@
+//! Base checkpoints: reading the weights that adapters change, and what is done with both.
+//!
+//! A checkpoint is one file or many; its tensors are named in any namespace of its family. [`Checkpoint`] answers for
+//! canonical modules, whatever tensor holds them. Nothing is loaded: weights are lazy tensors over mapped files.
+
+mod checkpoint;
+mod files;
+mod names;
+
+pub use checkpoint::Checkpoint;
+
+#[cfg(test)]
+mod tests;
