@@ -148,6 +148,22 @@ impl<'a> Composition<'a> {
         Self { terms, sources, skips_zero: false }
     }
 
+    /// The same terms with other adapters of the same sources, one for each.
+    pub(crate) fn with<'b>(&'b self, adapters: &[&'b Adapter]) -> Composition<'b> {
+        let term = |(term, adapter): (&'b Term<'a>, &&'b Adapter)| Term {
+            adapter: *adapter,
+            strength: term.strength.clone(),
+            name: term.name.clone(),
+            start: term.start,
+            origin: term.origin,
+        };
+        Composition {
+            terms: self.terms.iter().zip(adapters).map(term).collect(),
+            sources: self.sources.clone(),
+            skips_zero: self.skips_zero,
+        }
+    }
+
     /// The terms.
     pub fn terms(&self) -> &[Term<'a>] {
         &self.terms
@@ -302,18 +318,23 @@ impl<'a> Ledger<'a> {
             }
         }
         for selector in selectors {
-            let hit = |t: &Term<'_>| {
-                t.adapter
-                    .modules
-                    .keys()
-                    .any(|k| selector.matches(&t.adapter.component(k.component).name, k.component == 0, &k.path))
-            };
-            if !terms.iter().any(hit) {
-                let detail = format!("`{selector}` matches no module");
-                self.warnings.push(Warning::new("unmatched-selector", None, detail));
-            }
+            self.note_unmatched(selector);
         }
         self.note_repeated();
+    }
+
+    /// A selector that names nothing is worth a word.
+    pub(crate) fn note_unmatched(&mut self, selector: &Selector) {
+        let hit = |t: &Term<'_>| {
+            t.adapter
+                .modules
+                .keys()
+                .any(|k| selector.matches(&t.adapter.component(k.component).name, k.component == 0, &k.path))
+        };
+        if !self.composition.terms.iter().any(hit) {
+            let detail = format!("`{selector}` matches no module");
+            self.warnings.push(Warning::new("unmatched-selector", None, detail));
+        }
     }
 
     /// The same file twice is allowed, and worth a word.
@@ -389,7 +410,8 @@ impl<'a> Ledger<'a> {
         if self.strength != 1.0 || !self.composition.terms.iter().all(full) {
             plan.fidelity = plan.fidelity.max(Fidelity::Rescaled);
         }
-        if !self.lost.is_empty() {
+        let left_out = |t: &Term<'_>| t.adapter.expansion.as_ref().is_some_and(|e| !e.left_out.is_empty());
+        if !self.lost.is_empty() || self.composition.terms.iter().any(left_out) {
             plan.fidelity = Fidelity::Approximate;
         }
         plan.fates = self.fates;
@@ -449,6 +471,9 @@ fn fates(composition: &Composition<'_>) -> Vec<Fate> {
     for term in &composition.terms {
         for &index in term.adapter.native.iter().flat_map(|n| &n.spent) {
             fates[term.number(index)] = Fate::Used;
+        }
+        for &index in term.adapter.expansion.iter().flat_map(|e| &e.left_out) {
+            fates[term.number(index)] = Fate::Dropped;
         }
     }
     fates

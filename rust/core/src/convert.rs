@@ -1,20 +1,22 @@
 //! Conversion from end to end, for the command line and Python alike.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, ModuleKey};
 use crate::cast::Loss;
 use crate::compose::{Composition, Term, Unknown};
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::dtype::Dtype;
-use crate::encode::{EncodeOptions, encode};
+use crate::encode::{Algebra, EncodeOptions, MAX_RANK, encode};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing, write_file, write_to};
 use crate::kind::Kind;
 use crate::native::{Base, NativeOptions};
+use crate::ops::settled;
 use crate::plan::Plan;
 use crate::report::{Report, SourceReport, TargetReport, Warning};
 use crate::table::{AlphaPolicy, Registry};
@@ -42,6 +44,8 @@ pub struct ConvertOptions {
     pub width: Option<usize>,
     /// The quantized base, for dialects that are written behind one (see [`EncodeOptions::native`]).
     pub native: Option<NativeOptions>,
+    /// What is done to every module before it is written (see [`EncodeOptions::algebra`]).
+    pub algebra: Algebra,
 }
 
 impl Default for ConvertOptions {
@@ -57,6 +61,7 @@ impl Default for ConvertOptions {
             max_rank: None,
             width: None,
             native: None,
+            algebra: Algebra::default(),
         }
     }
 }
@@ -109,8 +114,27 @@ pub fn plan(composition: &Composition<'_>, options: &ConvertOptions, sidecar: bo
         max_rank: options.max_rank,
         width: options.width,
         native: options.native.clone(),
+        algebra: options.algebra.clone(),
     };
-    encode(composition, &encode_options).map_err(|e| e.at(adapter.source.path()))
+    let settled = settle(composition, dialect, options.max_rank);
+    let adapters: Vec<&Adapter> = settled.iter().map(AsRef::as_ref).collect();
+    encode(&composition.with(&adapters), &encode_options).map_err(|e| e.at(adapter.source.path()))
+}
+
+/// The adapters of a composition, with fused modules that their kind does not let cut in their plain form, where the
+/// dialect wants their parts and the rank allows it.
+fn settle<'a>(composition: &Composition<'a>, dialect: usize, max_rank: Option<usize>) -> Vec<Cow<'a, Adapter>> {
+    let limit = max_rank.or((composition.terms().len() > 1).then_some(MAX_RANK));
+    let one = |term: &Term<'a>| {
+        let adapter = term.adapter;
+        let dialect = &adapter.registry.dialects[dialect];
+        // Layers of a quantized model take modules as they stand.
+        let elsewhere = dialect.native(adapter.family).is_none();
+        let by_part = |key: &ModuleKey| dialect.place(adapter.family, key.component).is_some_and(|p| p.namespace == 0);
+        let moved = limit.filter(|_| elsewhere).and_then(|limit| settled(adapter, limit, by_part));
+        moved.map_or(Cow::Borrowed(adapter), Cow::Owned)
+    };
+    composition.terms().iter().map(one).collect()
 }
 
 /// Writes a composition. The report's time does not include opening the sources, and their hashes are left open.
@@ -182,6 +206,8 @@ pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: 
         alpha: plan.alpha,
         fidelity: plan.fidelity,
         max_relative_error: plan.rounding,
+        resize: plan.resize.clone(),
+        expand: composition.first().expansion.as_ref().map(|e| e.report.clone()),
         warnings: plan.warnings.clone(),
         seconds: 0.0,
     }
@@ -235,7 +261,7 @@ pub fn describe(adapter: &Adapter) -> SourceReport {
         path: adapter.source.path().to_string_lossy().into_owned(),
         dialect: adapter.detection.dialect_name(&adapter.registry).to_owned(),
         family: adapter.family_table().name.clone(),
-        kind: kind_name(adapter).to_owned(),
+        kind: adapter.expansion.as_ref().map_or_else(|| kind_name(adapter), |e| e.kind).to_owned(),
         sha256: None,
         name: adapter.native.as_ref().and_then(|n| n.entry.as_ref()).map(|e| e.name.clone()),
         strength: None,

@@ -76,6 +76,7 @@ pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: &Gi
         warnings: family_warning(registry, &detection).into_iter().collect(),
         detection,
         native: None,
+        expansion: None,
     };
     let mut decoder =
         Decoder { source, alphas: &alphas, problems: Vec::new(), conflicts: Vec::new(), zeros: Vec::new() };

@@ -3,8 +3,15 @@
 mod based;
 mod delta;
 mod diff;
+mod expand;
+pub(crate) mod factors;
+mod resize;
 mod rotation;
 
 pub use based::Based;
 pub use delta::{delta_rows, shape};
 pub use diff::{DiffReport, ModuleDiff, diff};
+pub(crate) use expand::settled;
+pub use expand::{Expand, ExpandReport, Expanded, Expansion, expand};
+pub use resize::{Budget, Criterion, Method, RankRule, Resize, ResizeReport, Resized, Target};
+pub(crate) use resize::{Item, Problem};

@@ -1,4 +1,4 @@
-//! Matrices that are computed from others by sums of products: contractions, matrix products, and transposes.
+//! Matrices that are computed from others by sums of products: contractions, and transposes.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -77,37 +77,6 @@ impl Derived for Contracted {
     }
 }
 
-/// `left @ right`, in float64.
-#[derive(Debug)]
-struct Times {
-    left: Tensor,
-    right: Tensor,
-}
-
-impl Derived for Times {
-    fn parts(&self) -> Vec<&Tensor> {
-        vec![&self.left, &self.right]
-    }
-
-    fn dtype(&self) -> Dtype {
-        Dtype::F64
-    }
-
-    fn size(&self) -> (usize, usize) {
-        (self.left.rows(), self.right.cols())
-    }
-
-    fn computes(&self) -> bool {
-        true
-    }
-
-    fn read(&self, rows: Range<usize>, out: &mut [u8]) -> Loss {
-        let left = Matrix::new(rows.len(), self.left.cols(), self.left.rows_f64(rows));
-        store(left.times(&self.right.to_matrix()).data(), out);
-        Loss::default()
-    }
-}
-
 fn store(values: &[f64], out: &mut [u8]) {
     out.as_chunks_mut::<8>().0.iter_mut().zip(values).for_each(|(o, v)| *o = v.to_le_bytes());
 }
@@ -146,13 +115,6 @@ impl Tensor {
         let contracted = Contracted { core: self.clone(), right: right.clone(), kernel: kernel.iter().product() };
         Self::derived(Arc::new(contracted)).cast(common_dtype(self.dtype(), right.dtype())).reshaped(shape)
     }
-
-    /// The matrix product; `right` is small. Of the wider type of the two; every element is rounded once.
-    #[must_use]
-    pub fn times(&self, right: &Tensor) -> Self {
-        let times = Times { left: self.clone(), right: right.clone() };
-        Self::derived(Arc::new(times)).cast(common_dtype(self.dtype(), right.dtype()))
-    }
 }
 
 #[cfg(test)]
@@ -185,12 +147,5 @@ mod tests {
         let all: Vec<f64> = (0..12).map(|i| want(i / 6, i / 2 % 3, i % 2)).collect();
         assert_eq!(out.to_f64(), all);
         assert_eq!(out.slice_rows(1..2).to_f64(), all[6..]);
-    }
-
-    #[test]
-    fn multiplies_by_hand() {
-        let out = count(&[3, 2]).times(&count(&[2, 2]));
-        assert_eq!(out.to_f64(), [7., 10., 15., 22., 23., 34.]);
-        assert!(out.is_scaled() && out.rounding() > 0.0);
     }
 }
