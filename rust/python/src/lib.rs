@@ -4,6 +4,7 @@
 mod base;
 mod compose;
 mod enter;
+mod expand;
 mod options;
 mod source;
 
@@ -30,6 +31,7 @@ use serde_json::Value;
 use base::Base;
 use compose::{converted, plan, write};
 use enter::enter;
+use expand::expand;
 use source::{Buffer, SourceArgument, fill};
 
 /// The tables in use: the built-in ones, and those registered since.
@@ -289,7 +291,7 @@ mod _lorafmt {
 
     #[pymodule_export]
     use super::{
-        Adapter, Base, Plan, check, components, converted, diff, error_codes, formats, native_dialect, plan,
+        Adapter, Base, Plan, check, components, converted, diff, error_codes, expand, formats, native_dialect, plan,
         register_table, run, write,
     };
 

@@ -6,6 +6,7 @@ mod compose;
 mod convert;
 mod detect;
 mod diff;
+mod expand;
 mod formats;
 mod inspect;
 mod man;
@@ -29,6 +30,7 @@ pub(crate) use compose::ComposeArgs;
 pub(crate) use convert::ConvertArgs;
 pub(crate) use detect::DetectArgs;
 pub(crate) use diff::DiffArgs;
+pub(crate) use expand::ExpandArgs;
 pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
@@ -94,6 +96,7 @@ pub(crate) enum Command {
     Compose(ComposeArgs),
     Resize(ResizeArgs),
     Scale(ScaleArgs),
+    Expand(ExpandArgs),
     Diff(DiffArgs),
     Sample(SampleArgs),
     Formats(FormatsArgs),

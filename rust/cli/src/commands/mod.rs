@@ -5,6 +5,7 @@ mod compose;
 mod convert;
 mod detect;
 mod diff;
+mod expand;
 mod formats;
 mod inspect;
 mod resize;
@@ -47,6 +48,7 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Compose(args) => compose::run(args, &mut context),
         Command::Resize(args) => resize::run(args, &mut context),
         Command::Scale(args) => scale::run(args, &mut context),
+        Command::Expand(args) => expand::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
         Command::Sample(args) => sample::run(args, &mut context),
         Command::Formats(_) => formats::run(&mut context),

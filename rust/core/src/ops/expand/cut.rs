@@ -156,7 +156,8 @@ impl Cutter {
     ) -> Result<Option<Cut>, Trouble> {
         let thin = thin_svd(&Ups(up), &Downs(down)).ok_or(Trouble::NotFinite)?;
         let rank = rule.rank(&thin.s);
-        if rank >= thin.s.len() && (rank >= down.rows() || rule.criterion.is_none() && rule.limit >= Some(down.rows())) {
+        if rank >= thin.s.len() && (rank >= down.rows() || rule.criterion.is_none() && rule.limit >= Some(down.rows()))
+        {
             return Ok(None);
         }
         let (x, y) = thin.truncated(rank.min(thin.s.len()));

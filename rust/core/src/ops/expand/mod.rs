@@ -250,8 +250,7 @@ impl Run<'_> {
         }
         report.close();
         out.warnings.extend(report.wide(&out));
-        out.expansion =
-            Some(Expansion { kind: kind_name(self.adapter), left_out, report: report.clone() });
+        out.expansion = Some(Expansion { kind: kind_name(self.adapter), left_out, report: report.clone() });
         Ok((out, report))
     }
 }
@@ -262,7 +261,8 @@ impl ExpandReport {
         self.expanded = self.modules.len();
         self.max_rank = self.modules.iter().map(|m| m.rank_after).max().unwrap_or(0);
         let known = self.modules.iter().filter_map(|m| Some((m.norm?, m.relative_error)));
-        let (norm, error) = known.fold((0.0, 0.0), |(n, e), (norm, error)| (n + norm * norm, e + (norm * error).powi(2)));
+        let (norm, error) =
+            known.fold((0.0, 0.0), |(n, e), (norm, error)| (n + norm * norm, e + (norm * error).powi(2)));
         self.relative_error = if norm > 0.0 { (error / norm).sqrt() } else { 0.0 };
     }
 
