@@ -302,18 +302,23 @@ impl<'a> Ledger<'a> {
             }
         }
         for selector in selectors {
-            let hit = |t: &Term<'_>| {
-                t.adapter
-                    .modules
-                    .keys()
-                    .any(|k| selector.matches(&t.adapter.component(k.component).name, k.component == 0, &k.path))
-            };
-            if !terms.iter().any(hit) {
-                let detail = format!("`{selector}` matches no module");
-                self.warnings.push(Warning::new("unmatched-selector", None, detail));
-            }
+            self.note_unmatched(selector);
         }
         self.note_repeated();
+    }
+
+    /// A selector that names nothing is worth a word.
+    pub(crate) fn note_unmatched(&mut self, selector: &Selector) {
+        let hit = |t: &Term<'_>| {
+            t.adapter
+                .modules
+                .keys()
+                .any(|k| selector.matches(&t.adapter.component(k.component).name, k.component == 0, &k.path))
+        };
+        if !self.composition.terms.iter().any(hit) {
+            let detail = format!("`{selector}` matches no module");
+            self.warnings.push(Warning::new("unmatched-selector", None, detail));
+        }
     }
 
     /// The same file twice is allowed, and worth a word.

@@ -10,7 +10,7 @@ use crate::compose::{Composition, Term, Unknown};
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::dtype::Dtype;
-use crate::encode::{EncodeOptions, encode};
+use crate::encode::{Algebra, EncodeOptions, encode};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing, write_file, write_to};
 use crate::kind::Kind;
@@ -42,6 +42,8 @@ pub struct ConvertOptions {
     pub width: Option<usize>,
     /// The quantized base, for dialects that are written behind one (see [`EncodeOptions::native`]).
     pub native: Option<NativeOptions>,
+    /// What is done to every module before it is written (see [`EncodeOptions::algebra`]).
+    pub algebra: Algebra,
 }
 
 impl Default for ConvertOptions {
@@ -57,6 +59,7 @@ impl Default for ConvertOptions {
             max_rank: None,
             width: None,
             native: None,
+            algebra: Algebra::default(),
         }
     }
 }
@@ -109,6 +112,7 @@ pub fn plan(composition: &Composition<'_>, options: &ConvertOptions, sidecar: bo
         max_rank: options.max_rank,
         width: options.width,
         native: options.native.clone(),
+        algebra: options.algebra.clone(),
     };
     encode(composition, &encode_options).map_err(|e| e.at(adapter.source.path()))
 }
@@ -182,6 +186,7 @@ pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: 
         alpha: plan.alpha,
         fidelity: plan.fidelity,
         max_relative_error: plan.rounding,
+        resize: plan.resize.clone(),
         warnings: plan.warnings.clone(),
         seconds: 0.0,
     }

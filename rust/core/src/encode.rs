@@ -1,9 +1,12 @@
 //! From the canonical adapter to the keys of a dialect.
 
+mod algebra;
 mod peft;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+pub use algebra::Algebra;
 
 use crate::adapter::{Adapter, Address, ModuleKey};
 use crate::compose::{Composition, Ledger, Unknown};
@@ -12,8 +15,9 @@ use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Refusal, Slot};
 use crate::meta;
 use crate::native::{Assembled, NativeOptions, assemble, entry_name};
+use crate::ops::ResizeReport;
 use crate::plan::{Fate, Output, Plan};
-use crate::report::Warning;
+use crate::report::{Fidelity, Warning};
 use crate::table::pattern::{Template, Variables};
 use crate::table::{AlphaPolicy, Dialect, Op, Place, Row};
 use crate::tensor::Tensor;
@@ -41,18 +45,23 @@ pub struct EncodeOptions {
     pub width: Option<usize>,
     /// For dialects of quantized models: the base, and how its branches are continued.
     pub native: Option<NativeOptions>,
+    /// What is done to every module before it is written.
+    pub algebra: Algebra,
 }
 
 /// The highest rank of a plain form that nobody asked for.
 pub const MAX_RANK: usize = 128;
 
 /// A module on its way into the dialect: named, fused and folded.
+#[derive(Clone)]
 struct Spelled<'a> {
     place: &'a Place,
     /// Whose suffixes it gets: the target's own, or those that its table names for a carried component.
     dialect: &'a Dialect,
     row: &'a Row,
     path: String,
+    /// The canonical modules that it is made of.
+    keys: Vec<ModuleKey>,
     module: Module,
     /// Whether the scale is left to the configuration file.
     configured: bool,
@@ -75,12 +84,20 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
         }
     }
     let ledger = Ledger::new(composition, dialect, options.lossy, options.strength);
-    let mut encoder = Encoder { adapter, dialect, options, ledger, widened: Vec::new(), branches: None };
+    options.algebra.check()?;
+    let mut encoder = Encoder { adapter, dialect, options, ledger, widened: Vec::new(), branches: None, resized: None };
     let mut spelled = Vec::new();
     for component in 0..adapter.family_table().components.len() {
         spelled.extend(encoder.component(component)?);
     }
-    encoder.finish(spelled)
+    encoder.resize(&mut spelled)?;
+    let mut finished = Vec::with_capacity(spelled.len());
+    for component in spelled.chunk_by(|a, b| a.place.component == b.place.component) {
+        let mut component: Vec<_> = component.iter().map(|s| encoder.fold(s.clone())).collect();
+        encoder.make_uniform(&mut component)?;
+        finished.append(&mut component);
+    }
+    encoder.finish(finished)
 }
 
 /// A canonical module of one term, at its strength.
@@ -113,6 +130,8 @@ struct Encoder<'a> {
     widened: Vec<String>,
     /// The branches of a quantized model.
     branches: Option<Assembled>,
+    /// What happened to ranks.
+    resized: Option<ResizeReport>,
 }
 
 impl<'a> Encoder<'a> {
@@ -136,6 +155,8 @@ impl<'a> Encoder<'a> {
         let mut spelled = Vec::new();
         for Goal { row, part, variables, members } in self.targets(place, modules)? {
             let key = members[0].key;
+            let mut keys: Vec<ModuleKey> = members.iter().map(|m| m.key.clone()).collect();
+            keys.dedup();
             let Some(module) = self.join_all(place, dialect, row, members)? else { continue };
             let path = match part {
                 Some(part) => row.canonical[part].render(&variables),
@@ -146,9 +167,8 @@ impl<'a> Encoder<'a> {
                 self.lose(Code::UnsupportedKind, key, &module, &reason)?;
                 continue;
             }
-            spelled.push(self.fold(Spelled { place, dialect, row, path, module, configured: false }));
+            spelled.push(Spelled { place, dialect, row, path, keys, module, configured: false });
         }
-        self.make_uniform(&mut spelled)?;
         Ok(spelled)
     }
 
@@ -463,7 +483,7 @@ impl<'a> Encoder<'a> {
                 plan.metadata.push(entry);
                 plan.digests = digests;
             }
-            plan.judge(0, true);
+            plan.judge(0, Fidelity::Regrouped);
         }
         let mut carried: BTreeMap<usize, usize> = BTreeMap::new();
         for s in &spelled {
@@ -476,7 +496,12 @@ impl<'a> Encoder<'a> {
             }
             let start = plan.outputs.len();
             self.outputs(s, &mut plan.outputs);
-            plan.judge(start, s.module.regrouped);
+            let least = match (s.module.approximate, s.module.regrouped) {
+                (true, _) => Fidelity::Approximate,
+                (false, true) => Fidelity::Regrouped,
+                (false, false) => Fidelity::Exact,
+            };
+            plan.judge(start, least);
         }
         for (component, modules) in carried {
             let name = self.adapter.component(component).name.clone();
@@ -496,6 +521,7 @@ impl<'a> Encoder<'a> {
                 plan.metadata.push(("adapter_config".to_owned(), config.to_string()));
             }
         }
+        plan.resize = self.resized.take();
         self.ledger.close(plan, self.options.unknown, used)
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::io::Source;
+use crate::ops::ResizeReport;
 use crate::report::{AlphaCount, Fidelity, TensorCount, Warning};
 use crate::tensor::Tensor;
 
@@ -72,6 +73,8 @@ pub struct Plan {
     pub rounding: f64,
     /// What deserves a word.
     pub warnings: Vec<Warning>,
+    /// What happened to ranks, if they were changed.
+    pub resize: Option<ResizeReport>,
 }
 
 impl Plan {
@@ -88,19 +91,20 @@ impl Plan {
             fidelity: Fidelity::Exact,
             rounding: 0.0,
             warnings: Vec::new(),
+            resize: None,
         }
     }
 
-    /// Takes into account what the outputs from `start` on say about fidelity and rounding.
-    pub(crate) fn judge(&mut self, start: usize, regrouped: bool) {
+    /// Takes into account what the outputs from `start` on say about fidelity and rounding; `least` is what is known of
+    /// them besides.
+    pub(crate) fn judge(&mut self, start: usize, least: Fidelity) {
         for output in &self.outputs[start..] {
             let fidelity = match &output.tensor {
                 t if t.is_narrowed() => Fidelity::Approximate,
                 t if t.is_scaled() => Fidelity::Rescaled,
-                _ if regrouped => Fidelity::Regrouped,
                 _ => Fidelity::Exact,
             };
-            self.fidelity = self.fidelity.max(fidelity);
+            self.fidelity = self.fidelity.max(fidelity).max(least);
             self.rounding = self.rounding.max(output.tensor.rounding());
         }
     }

@@ -5,6 +5,7 @@
 //! is recognised as a plain copy, without a rule for it. Nothing is computed before [`Tensor::read`].
 
 mod derived;
+mod linear;
 mod piece;
 
 use std::ops::Range;

@@ -122,7 +122,7 @@ impl Piece {
             return (done, Loss::default());
         };
         let mut loss = Loss::default();
-        let step = (SCRATCH / line.max(1)).clamp(1, rows.len().max(1));
+        let step = (SCRATCH / line.max(1)).max(derived.block()).clamp(1, rows.len().max(1));
         let mut scratch = vec![0; step * line];
         for first in rows.clone().step_by(step) {
             let count = step.min(rows.end - first);
