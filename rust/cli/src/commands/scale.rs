@@ -10,7 +10,7 @@ use lorafmt_core::strength::Strength;
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
 
-use super::writing::{Job, open_base, options};
+use super::writing::{Job, open_base, options, own_dialect};
 use super::{Context, strengths};
 use crate::ExitStatus;
 use crate::args::{Assignment, ScaleArgs};
@@ -62,7 +62,7 @@ impl Task<'_> {
         })?;
         let plain = options("", self.args.family.as_ref(), &self.args.writing);
         let adapter = convert::open(&self.registry, source, &plain, self.base.clone())?;
-        let to = self.dialect(&adapter)?;
+        let to = own_dialect(self.args.to.as_deref(), &adapter)?;
         if adapter.native.is_some() {
             return self.native(&adapter, &ConvertOptions { to, ..plain }, started, progress);
         }
@@ -113,24 +113,6 @@ impl Task<'_> {
             hashed: self.hashed,
             name,
             started,
-        }
-    }
-
-    /// The dialect to write: that of the source, unless another one is asked for.
-    fn dialect(&self, adapter: &Adapter) -> Result<String> {
-        if let Some(to) = &self.args.to {
-            return Ok(to.clone());
-        }
-        let refuse = |message: String| {
-            let hint = "add `--to DIALECT`; `lorafmt formats` lists what can be written";
-            Err(Error::new(Code::UnsupportedTarget, message).at(adapter.source.path()).hint(hint))
-        };
-        match adapter.detection.dialect.map(|d| &self.registry.dialects[d]) {
-            None => refuse("its keys are of several dialects, so it cannot be written as what it is".to_owned()),
-            Some(dialect) if !dialect.writes(adapter.family) => {
-                refuse(format!("it is of `{}`, which can be read and not written", dialect.name))
-            }
-            Some(dialect) => Ok(dialect.name.clone()),
         }
     }
 }

@@ -94,6 +94,19 @@ pub struct Resized {
     pub energy: f64,
 }
 
+impl Resized {
+    fn unchanged(module: &str, rank: usize) -> Self {
+        Self {
+            module: module.to_owned(),
+            rank_before: rank,
+            rank_after: rank,
+            norm: None,
+            relative_error: 0.0,
+            energy: 1.0,
+        }
+    }
+}
+
 /// What happened to all modules.
 #[derive(Debug, Clone, Serialize)]
 pub struct ResizeReport {
@@ -182,55 +195,51 @@ impl Resize {
     fn resize(&self, item: &mut Item<'_>, fixed: Option<usize>) -> Option<(Resized, bool)> {
         let (up, down) = factors(item.module).expect("only plain LoRA is resized");
         let (before, side) = (down.rows(), up.rows().min(down.cols()));
-        let limit = fixed.or(match self.target {
-            Target::Rule(rule) => rule.limit,
-            Target::Budget(_) => None,
-        });
-        let grows = self.methods.iter().copied().find(|m| m.grows());
-        let shrinks = self.methods.iter().copied().find(|m| !m.grows());
-        let mut report = Resized {
-            module: item.name.clone(),
-            rank_before: before,
-            rank_after: before,
-            norm: None,
-            relative_error: 0.0,
-            energy: 1.0,
+        let rule = match (fixed, self.target) {
+            (None, Target::Rule(rule)) => rule,
+            (fixed, _) => RankRule { limit: fixed, criterion: None },
         };
-        let clamped = limit.is_some_and(|k| k > side) && grows != Some(Method::Pad);
-        let criterion = fixed.is_none() && matches!(self.target, Target::Rule(RankRule { criterion: Some(_), .. }));
-        if let Some(method) = shrinks.filter(|_| criterion || limit.is_some_and(|k| k < before)) {
-            let thin = decomposed(item.module)?;
-            let wanted = match (fixed, self.target) {
-                (None, Target::Rule(rule)) => rule.rank(&thin.s),
-                _ => limit.unwrap_or(before),
-            };
-            if wanted < before {
-                let small = match method {
-                    Method::Random | Method::SparseRandom(_) => {
-                        project::sketch(method, before, wanted, self.seed, &item.name)
-                    }
-                    _ => thin.truncated(wanted.min(thin.s.len())),
-                };
-                let error = match method {
-                    Method::Svd => thin.tail(wanted),
-                    _ => thin.residual(&small.0, &small.1),
-                };
-                let norm = thin.norm();
-                report.rank_after = replace(item.module, small);
-                report.norm = Some(norm * item.module.scale.abs());
-                if norm > 0.0 {
-                    report.relative_error = error / norm;
-                    report.energy = (1.0 - (error / norm).powi(2)).max(0.0);
-                }
-                return Some((report, clamped));
+        let padded = self.methods.contains(&Method::Pad);
+        let clamped = rule.limit.is_some_and(|k| k > side) && !padded;
+        let mut done = Resized::unchanged(&item.name, before);
+        let shrinks = self.methods.iter().copied().find(|m| !m.grows());
+        if let Some(method) = shrinks.filter(|_| rule.criterion.is_some() || rule.limit.is_some_and(|k| k < before)) {
+            self.shrink(item, method, rule, &mut done)?;
+        }
+        let grows = self.methods.iter().copied().find(|m| m.grows());
+        if let (Some(method), Some(limit)) = (grows, rule.limit) {
+            let wanted = if padded { limit } else { limit.min(side) };
+            if wanted > done.rank_after {
+                grow::grow(item.module, method, wanted, self.seed, &item.name)?;
+                done.rank_after = wanted;
             }
         }
-        if let (Some(method), Some(wanted)) = (grows, limit.filter(|k| *k > before)) {
-            let wanted = if method == Method::Pad { wanted } else { wanted.min(side).max(before) };
-            grow::grow(item.module, method, wanted, self.seed, &item.name)?;
-            report.rank_after = wanted;
+        Some((done, clamped))
+    }
+
+    /// Fewer ranks, if the rule gives fewer.
+    fn shrink(&self, item: &mut Item<'_>, method: Method, rule: RankRule, done: &mut Resized) -> Option<()> {
+        let thin = decomposed(item.module)?;
+        let wanted = rule.rank(&thin.s);
+        if wanted >= done.rank_before {
+            return Some(());
         }
-        Some((report, clamped))
+        let (small, error) = match method {
+            Method::Svd => (thin.truncated(wanted.min(thin.s.len())), thin.tail(wanted)),
+            _ => {
+                let small = project::sketch(method, done.rank_before, wanted, self.seed, &item.name);
+                let error = thin.residual(&small.0, &small.1);
+                (small, error)
+            }
+        };
+        let norm = thin.norm();
+        done.rank_after = replace(item.module, small);
+        done.norm = Some(norm * item.module.scale.abs());
+        if norm > 0.0 {
+            done.relative_error = error / norm;
+            done.energy = (1.0 - (error / norm).powi(2)).max(0.0);
+        }
+        Some(())
     }
 
     fn report(&self, done: Vec<(Resized, bool)>) -> (ResizeReport, Vec<Warning>) {
