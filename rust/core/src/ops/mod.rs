@@ -3,6 +3,7 @@
 mod delta;
 mod diff;
 pub(crate) mod factors;
+pub mod merge;
 mod resize;
 
 pub use delta::{delta_rows, shape};
