@@ -5,6 +5,7 @@ mod delta;
 mod diff;
 mod expand;
 pub(crate) mod factors;
+pub mod merge;
 mod resize;
 mod rotation;
 
