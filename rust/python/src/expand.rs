@@ -12,9 +12,9 @@ use crate::enter::enter;
 use crate::{Adapter, options, to_json};
 
 /// The adapter as plain LoRA, its tensors yet to be computed or to be written, and what happened as JSON.
-#[pyfunction]
+#[pyfunction(name = "expand")]
 #[pyo3(signature = (adapter, options, base_weights=None))]
-pub(crate) fn expand(
+pub(crate) fn expand_adapter(
     py: Python<'_>,
     adapter: Py<Adapter>,
     options: &str,

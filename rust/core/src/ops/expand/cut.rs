@@ -155,9 +155,8 @@ impl Cutter {
         rule: RankRule,
     ) -> Result<Option<Cut>, Trouble> {
         let thin = thin_svd(&Ups(up), &Downs(down)).ok_or(Trouble::NotFinite)?;
-        let rank = rule.rank(&thin.s);
-        if rank >= thin.s.len() && (rank >= down.rows() || rule.criterion.is_none() && rule.limit >= Some(down.rows()))
-        {
+        let rank = rule.rank(&thin.s, 0.0);
+        if rank >= down.rows() {
             return Ok(None);
         }
         let (x, y) = thin.truncated(rank.min(thin.s.len()));
@@ -189,7 +188,7 @@ impl Cutter {
         }
         pairs.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| (a.1, a.2).cmp(&(b.1, b.2))));
         let s: Vec<f64> = pairs.iter().map(|(s, ..)| s * flat.scale.abs()).collect();
-        let rank = rule.rank(&s);
+        let rank = rule.rank(&s, 0.0);
         if rank >= s.len() && !s.is_empty() {
             return Ok(None);
         }
@@ -239,13 +238,10 @@ impl Cutter {
             let how = Sketch { seed: self.seed, ..Sketch::of_rank(followed) };
             let seen = sketch(m, n, how, |r| Ok::<_, Infallible>(rows(r))).unwrap_or_else(|never| match never {});
             let seen = seen.ok_or(Trouble::NotFinite)?;
-            // What was not followed counts as one more value, behind all others.
             let known: f64 = seen.svd.s.iter().map(|s| s * s).sum();
             let rest = (seen.norm2 - known).max(0.0);
             let rest = if seen.svd.s.len() == side || rest <= seen.norm2 * NOISE { 0.0 } else { rest };
-            let mut s = seen.svd.s.clone();
-            s.extend((rest > 0.0).then(|| rest.sqrt()));
-            let rank = rule.rank(&s).min(limit);
+            let rank = rule.rank(&seen.svd.s, rest).min(limit);
             if rank <= followed || followed >= limit {
                 let rank = rank.min(seen.svd.s.len());
                 let lost = seen.svd.s[rank..].iter().rev().map(|s| s * s).sum::<f64>() + rest;
