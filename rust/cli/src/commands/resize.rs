@@ -36,7 +36,7 @@ pub(super) fn run(args: &ResizeArgs, context: &mut Context) -> Result<ExitStatus
     targets::check(&goals, args.writing.dry_run, context.out.json, &[])?;
     let options = ConvertOptions {
         from: args.reading.from.clone(),
-        algebra: Algebra { resize: Some(resize) },
+        algebra: Algebra { resize: Some(resize), ..Algebra::default() },
         ..options("", args.reading.family.as_ref(), &args.writing)
     };
     let task = Task { args, registry, options, hashed: context.out.json };
@@ -45,7 +45,8 @@ pub(super) fn run(args: &ResizeArgs, context: &mut Context) -> Result<ExitStatus
 
 /// What the options ask for.
 fn resize(args: &ResizeArgs) -> Result<Resize> {
-    let places = args.rank_at.iter().map(|at| Ok((Selector::parse(&at.selector)?, at.rank))).collect::<Result<Vec<_>>>()?;
+    let places =
+        args.rank_at.iter().map(|at| Ok((Selector::parse(&at.selector)?, at.rank))).collect::<Result<Vec<_>>>()?;
     let kohyas = args
         .sv_ratio
         .map(Criterion::SvRatio)
