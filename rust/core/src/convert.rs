@@ -187,6 +187,7 @@ pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: 
         fidelity: plan.fidelity,
         max_relative_error: plan.rounding,
         resize: plan.resize.clone(),
+        merge: plan.merge.clone(),
         warnings: plan.warnings.clone(),
         seconds: 0.0,
     }

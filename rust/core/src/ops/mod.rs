@@ -4,9 +4,7 @@ mod delta;
 mod diff;
 pub(crate) mod factors;
 pub mod merge;
-mod resize;
+pub mod resize;
 
 pub use delta::{delta_rows, shape};
 pub use diff::{DiffReport, ModuleDiff, diff};
-pub use resize::{Budget, Criterion, Method, RankRule, Resize, ResizeReport, Resized, Target};
-pub(crate) use resize::{Item, Problem};
