@@ -10,7 +10,7 @@ use lorafmt_core::decode::decode_lenient;
 use lorafmt_core::detect::Given;
 use lorafmt_core::error::{Code, Error, Result};
 use lorafmt_core::io::{Layout, Source, WriteOptions};
-use lorafmt_core::strength::Strength;
+use lorafmt_core::strength::{Request, Strength};
 use pyo3::prelude::*;
 
 use crate::base::Base;
@@ -35,12 +35,12 @@ fn composed<T>(
         return work(&Composition::of(adapter), &options);
     }
     let agreed = agree(&adapters)?;
-    let term = |(adapter, (_, strength)): (_, &(_, Option<String>))| {
+    let term = |(adapter, (_, strength)): (&CoreAdapter, &(_, Option<String>))| {
         let strength = match strength {
             None => Strength::default(),
             Some(text) => {
                 let bad = |e| Error::new(Code::InvalidArgument, format!("a strength of `{text}` makes no sense: {e}"));
-                Strength::from_json(&serde_json::from_str(text).map_err(bad)?)?
+                Request::from_json(&serde_json::from_str(text).map_err(bad)?)?.resolve(adapter.family_table())?
             }
         };
         Ok(Term::new(adapter, strength))

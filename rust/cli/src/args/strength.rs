@@ -23,11 +23,20 @@ pub(crate) struct Places {
     /// `text_encoder:` in front for another component than the main one. Of several that match the last one counts.
     #[arg(long, value_name = "SELECTOR=S")]
     pub(crate) block: Vec<Assignment>,
+    /// By blocks: a preset, or numbers with commas between
+    ///
+    /// Block weights as sd-webui-lora-block-weight, kohya and ComfyUI Inspire have them: 57, 58 or 61 numbers for FLUX.1 and
+    /// Chroma, 17 or 26 for Stable Diffusion, 12 or 20 for SDXL. They count before `--block`.
+    #[arg(long, value_name = "PRESET|V1,V2,...", allow_hyphen_values = true)]
+    pub(crate) blocks: Option<String>,
 }
 
 impl Places {
     pub(crate) fn is_empty(&self) -> bool {
-        self.text_encoder_strength.is_none() && self.component.is_empty() && self.block.is_empty()
+        self.text_encoder_strength.is_none()
+            && self.component.is_empty()
+            && self.block.is_empty()
+            && self.blocks.is_none()
     }
 }
 
