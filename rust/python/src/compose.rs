@@ -35,18 +35,17 @@ fn composed<T>(
         return work(&Composition::of(adapter), &options);
     }
     let agreed = agree(&adapters)?;
-    let term = |(adapter, (_, strength)): (&CoreAdapter, &(_, Option<String>))| {
-        let strength = match strength {
-            None => Strength::default(),
-            Some(text) => {
-                let bad = |e| Error::new(Code::InvalidArgument, format!("a strength of `{text}` makes no sense: {e}"));
-                Request::from_json(&serde_json::from_str(text).map_err(bad)?)?.resolve(adapter.family_table())?
-            }
-        };
-        Ok(Term::new(adapter, strength))
-    };
+    let term =
+        |(adapter, (_, given)): (_, &(_, Option<String>))| Ok(Term::new(adapter, strength(adapter, given.as_deref())?));
     let terms = agreed.iter().map(AsRef::as_ref).zip(terms).map(term).collect::<Result<Vec<_>>>()?;
     work(&Composition::new(terms)?, &options)
+}
+
+/// The strength that JSON says, for the family of the adapter.
+fn strength(adapter: &CoreAdapter, given: Option<&str>) -> Result<Strength> {
+    let Some(text) = given else { return Ok(Strength::default()) };
+    let bad = |e| Error::new(Code::InvalidArgument, format!("a strength of `{text}` makes no sense: {e}"));
+    Request::from_json(&serde_json::from_str(text).map_err(bad)?)?.resolve(adapter.family_table())
 }
 
 /// Writes a file and returns the report as JSON. `progress(done, total)` is called now and then.

@@ -59,7 +59,6 @@ pub(super) struct Word {
 /// A model with the layouts of its vectors.
 #[derive(Debug)]
 pub(super) struct Model {
-    title: String,
     fits: Vec<Selector>,
     lacks: Vec<Selector>,
     /// In the order of the file; of equal length there is one.
@@ -144,7 +143,7 @@ impl Model {
             names.iter().map(run).collect::<Result<_, _>>().map(|runs| Layout { runs })
         };
         let layouts = raw.layouts.iter().map(layout).collect::<Result<_, _>>()?;
-        Ok(Self { fits: selectors(&raw.fits)?, lacks: selectors(&raw.lacks)?, title: raw.title, layouts })
+        Ok(Self { fits: selectors(&raw.fits)?, lacks: selectors(&raw.lacks)?, layouts })
     }
 
     fn is(&self, family: &Family) -> bool {
@@ -227,7 +226,7 @@ mod tests {
         let tables = Tables::read(TEXT).expect("valid");
         for model in &tables.models {
             let lengths: Vec<usize> = model.layouts.iter().map(Layout::len).collect();
-            assert_eq!(lengths.iter().collect::<BTreeSet<_>>().len(), lengths.len(), "{}", model.title);
+            assert_eq!(lengths.iter().collect::<BTreeSet<_>>().len(), lengths.len());
         }
         // A length means one thing for a family, and a preset has one vector of a length.
         let known: BTreeSet<usize> = tables.models.iter().flat_map(|m| &m.layouts).map(Layout::len).collect();
