@@ -14,6 +14,8 @@ import pytest
 
 import lorafmt
 import oracle
+from bases import SMALL, Bases
+from checks import assert_native
 from loras import DIFFUSERS, lora, noise
 from tensorfile import TensorFile, save
 
@@ -181,7 +183,11 @@ def test_elements_and_ranges(whole: Path, tmp_path: Path) -> None:
         ({"blocks": [1.0, float("nan")]}, "['blocks'][1]` is nan", "finite"),
         ({"blocks": ["1"] * 57}, "['blocks'][0]` is '1'", "finite"),
         ({"transformer": {"transformer_blocks": [0.5] * 18}}, "takes 19 scales", "one number"),
-        ({"transformer": {"transformer_blocks": {"19": 0.5}}}, "`transformer.transformer_blocks` has no `19`", "it has"),
+        (
+            {"transformer": {"transformer_blocks": {"19": 0.5}}},
+            "`transformer.transformer_blocks` has no `19`",
+            "it has",
+        ),
         ({"transformer": {"blocks": 0.5}}, "`transformer` has no `blocks`", "transformer_blocks"),
         ({"unet": {"down": 0.5}}, "no component `unet`", "transformer, text_encoder, text_encoder_2"),
         ({"transformer": {"proj_out": None}}, "['proj_out']` is None", "finite"),
@@ -189,9 +195,7 @@ def test_elements_and_ranges(whole: Path, tmp_path: Path) -> None:
         ({1.5: 0.5}, "the key 1.5", "strings"),
     ],
 )
-def test_what_makes_no_sense(
-    whole: Path, tmp_path: Path, strength: Mapping[Any, Any], message: str, hint: str
-) -> None:
+def test_what_makes_no_sense(whole: Path, tmp_path: Path, strength: Mapping[Any, Any], message: str, hint: str) -> None:
     for work in (
         lambda out: lorafmt.compose([(whole, strength)], out),
         lambda out: lorafmt.scale(whole, out, strength=strength),
@@ -205,7 +209,35 @@ def test_what_makes_no_sense(
 
 def test_a_module_called_blocks_can_have_a_number(whole: Path, tmp_path: Path) -> None:
     report = lorafmt.compose([(whole, {"blocks": 0.5})], tmp_path / "out.safetensors")
-    assert [w.code for w in report.warnings] == ["unmatched-selector"]
+    assert [w.detail for w in report.warnings if w.code == "unmatched-selector"] == ["`blocks` matches no module"]
+
+
+def test_what_is_written_down_is_the_same_strength(scratch: Path, whole: Path, bases: Bases) -> None:
+    """Metadata holds selectors; a native file can be scaled by blocks, again and again."""
+    numbers = [1.0] * 58
+    numbers[0], numbers[1:4], numbers[6], numbers[20:58] = 0.5, [0.25] * 3, 2.0, [1.0, 0.75] * 19
+    other = lora(scratch / "other.safetensors", {"transformer_blocks.0.attn.to_q": 1})
+    strength = {"blocks": numbers}
+    lorafmt.compose([(whole, strength), (other, 1.0)], scratch / "both.safetensors")
+    told = json.loads(TensorFile(scratch / "both.safetensors").metadata["lorafmt.composed"])[0]["strength"]
+    assert told["blocks"]["transformer_blocks.0-2"] == 0.25 and told["blocks"]["transformer_blocks.5"] == 2.0
+    assert told["strength"] == 1.0 and len(told["blocks"]) == 6 and told["blocks"]["*:"] == 0.5
+    # Selectors alone mean the same.
+    lorafmt.compose([(whole, told["blocks"]), (other, 1.0)], scratch / "again.safetensors")
+    pair = (oracle.reference(scratch / name) for name in ("both.safetensors", "again.safetensors"))
+    assert oracle.compare(*pair, 1e-12)
+
+    modules = dict.fromkeys((f"{kind}_blocks.0.attn.to_q" for kind in ("transformer", "single_transformer")), 4)
+    source, native, base = lora(scratch / "a.safetensors", modules), scratch / "native.safetensors", bases(SMALL)
+    numbers[1], numbers[20] = 2.0, -0.5
+    lorafmt.compose([(source, strength | {"blocks": numbers})], native, to="nunchaku", base=base)
+    wanted = by_module(oracle.reference(source), lambda m: -0.5 if ".single" in m else 2.0)
+    assert_native(wanted, native, base)
+    (entry,) = lorafmt.inspect(native)["native"]["adapters"]
+    assert entry["strength"]["blocks"]["transformer_blocks.0,5"] == 2.0
+    lorafmt.scale(native, scratch / "twice.safetensors", strength={"blocks": numbers})
+    wanted = by_module(oracle.reference(source), lambda m: 0.25 if ".single" in m else 4.0)
+    assert_native(wanted, scratch / "twice.safetensors", base, roundings=2)
 
 
 SCALE = """

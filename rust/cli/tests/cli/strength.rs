@@ -56,12 +56,10 @@ fn presets_and_selectors_after_them() {
         &[&half[..], &["--block", "**.ff=2"]].concat(),
         &["scale", "a.safetensors", "--strength", "0.5", "--block", "**.ff=4"],
     );
-    place.same(
-        &["compose", "a.safetensors:0.25", "--blocks", "FLUXALL"],
-        &["compose", "a.safetensors:0.25"],
-    );
+    place.same(&["compose", "a.safetensors:0.25", "--blocks", "FLUXALL"], &["compose", "a.safetensors:0.25"]);
     // What is left out is said, as always.
-    let report = place.run(&["scale", "a.safetensors", "--blocks", &vector(57, &[(0, 0.0)]), "-n", "-o", "x", "--json"]);
+    let report =
+        place.run(&["scale", "a.safetensors", "--blocks", &vector(57, &[(0, 0.0)]), "-n", "-o", "x", "--json"]);
     assert_eq!(codes(&report.json()), ["zero-strength"]);
 }
 
