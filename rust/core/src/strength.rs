@@ -5,8 +5,6 @@ mod request;
 mod scales;
 mod selector;
 mod weights;
-#[cfg(test)]
-mod weights_tests;
 
 use std::collections::BTreeMap;
 

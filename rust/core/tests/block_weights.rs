@@ -1,13 +1,14 @@
-//! Every number reaches its modules and no others.
+//! Block weights and nested scales: every number reaches its modules and no others.
+
+#![allow(missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use lorafmt_core::Code;
+use lorafmt_core::strength::{Request, Strength, Weights};
+use lorafmt_core::table::{Family, Registry};
 use serde_json::json;
-
-use super::{Request, Strength, Weights};
-use crate::error::Code;
-use crate::table::{Family, Registry};
 
 /// A U-Net as diffusers names it: blocks that hold attention, of `blocks` down and as many up.
 fn unet(name: &str, blocks: usize, down: &[usize], up: &[usize]) -> Arc<Registry> {
