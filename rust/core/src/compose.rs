@@ -305,7 +305,7 @@ impl<'a> Ledger<'a> {
         let terms = &self.composition.terms;
         let mut selectors: Vec<&Selector> = Vec::new();
         for (selector, _) in terms.iter().flat_map(|t| &t.strength.blocks) {
-            if !selectors.contains(&selector) {
+            if !selector.is_of_table() && !selectors.contains(&selector) {
                 selectors.push(selector);
             }
         }
