@@ -175,7 +175,6 @@ impl<'a> Encoder<'a> {
 
     /// All modules of one component, spelled.
     fn component(&mut self, component: usize) -> Result<Vec<Spelled<'a>>> {
-        self.refuse_merged_branches()?;
         let modules = self.members(component)?;
         let modules = self.without_branches(component, modules)?;
         let Some(place) = self.dialect.place(self.adapter.family, component) else {

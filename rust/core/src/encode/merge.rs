@@ -79,21 +79,4 @@ impl<'a> Encoder<'a> {
         self.ledger.warnings.extend(warnings);
         Some(report)
     }
-
-    /// Behind branches of a base every adapter keeps ranks of its own.
-    pub(super) fn refuse_merged_branches(&self) -> Result<()> {
-        let native = self.dialect.native(self.adapter.family).is_some();
-        match &self.options.algebra.merge {
-            Some(options) if native => {
-                let message = format!("`{}` holds adapters side by side, not merged ones", self.dialect.name);
-                let hint = format!(
-                    "write `{}` to another dialect, then `lorafmt convert` that to `{}`",
-                    options.method.name(),
-                    self.dialect.name
-                );
-                Err(Error::new(Code::InvalidArgument, message).hint(hint))
-            }
-            _ => Ok(()),
-        }
-    }
 }
