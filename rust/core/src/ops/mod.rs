@@ -4,7 +4,9 @@ mod delta;
 mod diff;
 pub(crate) mod factors;
 pub mod merge;
+mod normalize;
 pub mod resize;
 
 pub use delta::{delta_rows, shape};
 pub use diff::{DiffReport, ModuleDiff, diff};
+pub use normalize::KeySet;
