@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::io::Source;
 use crate::kind::Module;
 use crate::native::{NativeInfo, needs_base};
-use crate::ops::Expansion;
+use crate::ops::expand::Expansion;
 use crate::report::Warning;
 use crate::table::pattern::Variables;
 use crate::table::{Component, Family, Registry, Row};

@@ -3,7 +3,9 @@
 use serde::Serialize;
 
 use crate::kind::AlphaSource;
-use crate::ops::{ExpandReport, ResizeReport};
+use crate::ops::expand::ExpandReport;
+use crate::ops::merge::MergeReport;
+use crate::ops::resize::ResizeReport;
 
 /// Something that deserves a word but is no error.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq, PartialOrd, Ord)]
@@ -141,6 +143,9 @@ pub struct Report {
     /// What happened to modules that were made plain LoRA, if any were.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expand: Option<ExpandReport>,
+    /// What merging lost, if deltas were merged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub merge: Option<MergeReport>,
     /// What deserves a word.
     pub warnings: Vec<Warning>,
     /// Wall time.

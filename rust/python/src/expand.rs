@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use lorafmt_core::error::{Code, Error, Result};
-use lorafmt_core::ops::{self, Criterion, Expand, RankRule};
+use lorafmt_core::ops::expand::{Expand, expand};
+use lorafmt_core::ops::resize::{Criterion, RankRule};
 use lorafmt_core::weights::Checkpoint;
 use pyo3::prelude::*;
 use serde_json::Value;
@@ -24,7 +25,7 @@ pub(crate) fn expand_adapter(
         let adapter = adapter.get().sound()?;
         let how = how(options)?;
         let base = base_weights.map(|path| Checkpoint::open(&adapter.registry, &path, Some(adapter.family)));
-        let (inner, report) = ops::expand(adapter, base.transpose()?.as_ref(), &how, control)?;
+        let (inner, report) = expand(adapter, base.transpose()?.as_ref(), &how, control)?;
         Ok((Adapter { inner, problems: Vec::new() }, to_json(&report)))
     })
 }

@@ -11,6 +11,7 @@ mod formats;
 mod inspect;
 mod man;
 mod native;
+mod normalize;
 mod rank;
 mod resize;
 mod sample;
@@ -35,6 +36,7 @@ pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
 pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
+pub(crate) use normalize::NormalizeArgs;
 pub(crate) use rank::RankArgs;
 pub(crate) use resize::{ResizeArgs, ResizeMethod};
 pub(crate) use sample::SampleArgs;
@@ -95,6 +97,7 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     Compose(ComposeArgs),
     Resize(ResizeArgs),
+    Normalize(NormalizeArgs),
     Scale(ScaleArgs),
     Expand(ExpandArgs),
     Diff(DiffArgs),

@@ -4,7 +4,7 @@ use std::time::Instant;
 use lorafmt_core::Result;
 use lorafmt_core::compose::Composition;
 use lorafmt_core::convert::{self, ConvertOptions};
-use lorafmt_core::ops::{self, Expand};
+use lorafmt_core::ops::expand::{Expand, expand};
 use lorafmt_core::table::Registry;
 use lorafmt_core::weights::Checkpoint;
 
@@ -49,7 +49,7 @@ impl Task<'_> {
         let started = Instant::now();
         let adapter = convert::open(&self.registry, input.open()?, &self.options, None)?;
         let options = ConvertOptions { to: own_dialect(self.args.to.as_deref(), &adapter)?, ..self.options.clone() };
-        let (plain, _) = ops::expand(&adapter, self.base.as_ref(), &self.how, &interrupt::control())?;
+        let (plain, _) = expand(&adapter, self.base.as_ref(), &self.how, &interrupt::control())?;
         let job = Job {
             options: &options,
             goal,

@@ -8,6 +8,7 @@ mod diff;
 mod expand;
 mod formats;
 mod inspect;
+mod normalize;
 mod resize;
 mod sample;
 mod scale;
@@ -46,6 +47,7 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Check(args) => check::run(args, &mut context),
         Command::Convert(args) => convert::run(args, &mut context),
         Command::Compose(args) => compose::run(args, &mut context),
+        Command::Normalize(args) => normalize::run(args, &mut context),
         Command::Resize(args) => resize::run(args, &mut context),
         Command::Scale(args) => scale::run(args, &mut context),
         Command::Expand(args) => expand::run(args, &mut context),

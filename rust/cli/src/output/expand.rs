@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use lorafmt_core::ops::{ExpandReport, Expanded};
+use lorafmt_core::ops::expand::{ExpandReport, Expanded};
 use lorafmt_core::report::Warning;
 use serde_json::Value;
 
