@@ -6,6 +6,7 @@ mod base;
 mod common;
 mod compose;
 mod convert;
+mod expand;
 mod help;
 mod hostile;
 mod human;

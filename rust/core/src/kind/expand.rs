@@ -149,10 +149,9 @@ mod tests {
     use super::*;
     use crate::ops::delta_rows;
 
-    fn noise(rows: usize, cols: usize, seed: u32) -> Tensor {
-        let value =
-            |i: usize| (((i as u32 + 1) * (2 * seed + 7)).wrapping_mul(2_654_435_761) >> 20) as f32 / 2048.0 - 1.0;
-        let bytes: Vec<u8> = (0..rows * cols).flat_map(|i| value(i).to_le_bytes()).collect();
+    fn noise(rows: usize, cols: usize, seed: u64) -> Tensor {
+        let random = crate::random::Counter::new(seed, "noise");
+        let bytes: Vec<u8> = (0..(rows * cols) as u64).flat_map(|i| (random.normal(i) as f32).to_le_bytes()).collect();
         Tensor::constant(Dtype::F32, vec![rows, cols], bytes)
     }
 
@@ -184,5 +183,16 @@ mod tests {
         let (a, b) = (noise(4, 2, 7), noise(2, 5, 8));
         agrees(Kind::Lokr, &[(LokrW1, w1), (LokrW2A, a.clone()), (LokrW2B, b.clone())], 4);
         agrees(Kind::Lokr, &[(LokrW1A, a), (LokrW1B, b), (LokrW2, w2)], 8);
+    }
+
+    #[test]
+    fn ranks_that_a_factor_does_not_have_are_left_out() {
+        // Every row of w1 is a multiple of the first.
+        let values: Vec<u8> = (0..12).flat_map(|i| ((i / 4 + 1) as f32 * (i % 4) as f32).to_le_bytes()).collect();
+        let w1 = Tensor::constant(Dtype::F32, vec![3, 4], values);
+        let tensors = [(Slot::LokrW1, w1), (Slot::LokrW2, noise(5, 2, 1))];
+        agrees(Kind::Lokr, &tensors, 2);
+        let zero = [(Slot::LokrW1, Tensor::zeros(Dtype::F32, vec![3, 4])), (Slot::LokrW2, noise(5, 2, 1))];
+        assert_eq!(Module::new(Kind::Lokr, zero.into()).expanded(9).expect("within").rank(), Some(2));
     }
 }

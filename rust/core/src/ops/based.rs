@@ -286,3 +286,101 @@ impl Glora {
         (up, Matrix::new(rank, cols, down))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::random::Counter;
+
+    fn noise(shape: &[usize], seed: u64) -> Tensor {
+        let count: usize = shape.iter().product();
+        let random = Counter::new(seed, "noise");
+        let bytes: Vec<u8> = (0..count as u64).flat_map(|i| (random.normal(i) as f32).to_le_bytes()).collect();
+        Tensor::constant(Dtype::F32, shape.to_vec(), bytes)
+    }
+
+    fn module(kind: Kind, tensors: &[(Slot, Tensor)]) -> Module {
+        Module::new(kind, tensors.iter().cloned().collect::<BTreeMap<_, _>>())
+    }
+
+    /// Tiles of any height give the rows of the whole.
+    fn agrees_by_tiles(based: &Based) -> Vec<f64> {
+        let (m, n) = based.shape();
+        let whole = based.rows(0..m);
+        assert_eq!(whole.len(), m * n);
+        for step in [1, 3, 5] {
+            let tiles: Vec<f64> = (0..m).step_by(step).flat_map(|r| based.rows(r..m.min(r + step))).collect();
+            tiles.iter().zip(&whole).for_each(|(x, y)| assert!((x - y).abs() < 1e-12, "{x} {y}"));
+        }
+        whole
+    }
+
+    #[test]
+    fn dora_has_the_norms_that_it_names() {
+        let weight = noise(&[8, 6], 1);
+        let factors = [(Slot::Up, noise(&[8, 2], 2)), (Slot::Down, noise(&[2, 6], 3))];
+        let magnitude = noise(&[8], 4);
+        let over_rows = module(Kind::Lora, &[&factors[..], &[(Slot::Magnitude, magnitude.clone())]].concat());
+        assert!(Based::needs_weight(&over_rows));
+        let delta = agrees_by_tiles(&Based::new(&over_rows, &weight).expect("fits"));
+        let changed: Vec<f64> = delta.iter().zip(weight.to_f64()).map(|(d, w)| d + w).collect();
+        for (row, mag) in changed.chunks_exact(6).zip(magnitude.to_f64()) {
+            let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+            assert!((norm - mag.abs()).abs() < 1e-12, "{norm} {mag}");
+        }
+        let over_columns = module(Kind::Lora, &[&factors[..], &[(Slot::MagnitudeIn, noise(&[1, 6], 5))]].concat());
+        let delta = agrees_by_tiles(&Based::new(&over_columns, &weight).expect("fits"));
+        let changed: Vec<f64> = delta.iter().zip(weight.to_f64()).map(|(d, w)| d + w).collect();
+        for (column, mag) in noise(&[1, 6], 5).to_f64().into_iter().enumerate() {
+            let norm = changed.iter().skip(column).step_by(6).map(|v| v * v).sum::<f64>().sqrt();
+            assert!((norm - mag.abs()).abs() < 1e-12, "{norm} {mag}");
+        }
+    }
+
+    #[test]
+    fn rotations_keep_the_columns_norms() {
+        let weight = noise(&[16, 5], 1);
+        let norms = |values: &[f64]| -> Vec<f64> {
+            (0..5).map(|c| values.iter().skip(c).step_by(5).map(|v| v * v).sum::<f64>()).collect()
+        };
+        for blocks in [noise(&[4, 4, 4], 2), noise(&[3, 4, 4, 4], 3), noise(&[1, 16, 16], 4)] {
+            let based = Based::new(&module(Kind::Oft, &[(Slot::OftBlocks, blocks)]), &weight).expect("fits");
+            let delta = agrees_by_tiles(&based);
+            assert!(delta.iter().any(|v| v.abs() > 0.1));
+            let changed: Vec<f64> = delta.iter().zip(weight.to_f64()).map(|(d, w)| d + w).collect();
+            for (x, y) in norms(&changed).iter().zip(norms(&weight.to_f64())) {
+                assert!((x / y - 1.0).abs() < 1e-5, "{x} {y}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let weight = noise(&[8, 6], 1);
+        for (kind, tensors) in [
+            (Kind::Oft, vec![(Slot::OftBlocks, noise(&[2, 3, 3], 1))]),
+            (Kind::Oft, vec![(Slot::OftBlocks, noise(&[5, 2, 4, 4], 1))]),
+            (Kind::Oft, vec![(Slot::OftBlocks, noise(&[2, 4, 4], 1)), (Slot::OftRescale, noise(&[7], 1))]),
+            (Kind::Ia3, vec![(Slot::Ia3Weight, noise(&[7], 1))]),
+            (Kind::Full, vec![(Slot::Diff, noise(&[8, 5], 1))]),
+            (Kind::Glora, vec![(Slot::GloraA1, noise(&[6, 2], 1))]),
+            (Kind::Set, vec![(Slot::Set, noise(&[8, 5], 1))]),
+            (Kind::Bias, vec![(Slot::DiffB, noise(&[8], 1))]),
+        ] {
+            assert!(Based::new(&module(kind, &tensors), &weight).is_err(), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn plain_differences_need_no_weight() {
+        let (weight, diff) = (noise(&[8, 6], 1), noise(&[8, 6], 2));
+        let full = module(Kind::Full, &[(Slot::Diff, diff.clone())]);
+        assert!(!Based::needs_weight(&full));
+        assert_eq!(agrees_by_tiles(&Based::new(&full, &weight).expect("fits")), diff.to_f64());
+        let set = module(Kind::Set, &[(Slot::Set, diff.clone())]);
+        let want: Vec<f64> = diff.to_f64().iter().zip(weight.to_f64()).map(|(d, w)| d - w).collect();
+        assert_eq!(agrees_by_tiles(&Based::new(&set, &weight).expect("fits")), want);
+    }
+}

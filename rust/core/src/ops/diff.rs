@@ -1,11 +1,13 @@
 //! Comparing two adapters by what they do, not by how they are written.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
 use super::delta::{delta_rows, shape};
+use super::expand::counterpart;
 use crate::adapter::{Adapter, ModuleKey};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Slot};
@@ -57,15 +59,13 @@ pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
     }
     a.ensure_apart()?;
     b.ensure_apart()?;
-    let keys: BTreeSet<&ModuleKey> = a.modules.keys().chain(b.modules.keys()).collect();
-    let keys: Vec<&ModuleKey> = keys.into_iter().collect();
-    let compared: Vec<ModuleDiff> = keys
+    let compared: Vec<ModuleDiff> = pairs(a, b)
         .par_iter()
-        .map(|key| {
-            let (error, state) = match (a.modules.get(key), b.modules.get(key)) {
-                (Some(x), Some(y)) => compare(&x.module, &y.module, tolerance),
-                (Some(x), None) => alone(&x.module, "only-a"),
-                (None, Some(y)) => alone(&y.module, "only-b"),
+        .map(|(key, x, y)| {
+            let (error, state) = match (x, y) {
+                (Some(x), Some(y)) => compare(x, y, tolerance),
+                (Some(x), None) => alone(x, "only-a"),
+                (None, Some(y)) => alone(y, "only-b"),
                 (None, None) => (0.0, "equal"),
             };
             ModuleDiff { module: a.display(key), relative_error: error, state }
@@ -82,6 +82,25 @@ pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
         max_relative_error: max,
         differences: compared.into_iter().filter(|m| m.state != "equal").collect(),
     })
+}
+
+/// What both adapters have under a name.
+type Pair<'a> = (&'a ModuleKey, Option<Cow<'a, Module>>, Option<Cow<'a, Module>>);
+
+/// The modules of both, side by side. A fused module that one of them could not cut meets the parts of the other, joined.
+fn pairs<'a>(a: &'a Adapter, b: &'a Adapter) -> Vec<Pair<'a>> {
+    let whole = |x: &'a Adapter, y: &'a Adapter| {
+        x.modules.iter().filter_map(move |(key, placed)| Some((key, counterpart(x, key, &placed.address, y)?)))
+    };
+    let (of_b, of_a): (BTreeMap<_, _>, BTreeMap<_, _>) = (whole(a, b).collect(), whole(b, a).collect());
+    let met: BTreeSet<&ModuleKey> = of_a.values().chain(of_b.values()).flat_map(|(keys, _)| keys).collect();
+    let own = |adapter: &'a Adapter, key| adapter.modules.get(key).map(|placed| Cow::Borrowed(&placed.module));
+    let joined = |found: &BTreeMap<&ModuleKey, (Vec<ModuleKey>, Module)>, key| {
+        found.get(key).map(|(_, module)| Cow::Owned(module.clone()))
+    };
+    let keys: BTreeSet<&'a ModuleKey> = a.modules.keys().chain(b.modules.keys()).collect();
+    let pair = |key| (key, own(a, key).or_else(|| joined(&of_a, key)), own(b, key).or_else(|| joined(&of_b, key)));
+    keys.into_iter().filter(|key| !met.contains(key)).map(pair).collect()
 }
 
 /// A module that only one side has is no difference if it does nothing.

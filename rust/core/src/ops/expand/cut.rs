@@ -204,10 +204,12 @@ impl Cutter {
         };
         let first = |k: usize| (outer.s[chosen[k].1], chosen[k].1);
         let second = |k: usize| (inner.s[chosen[k].2], chosen[k].2);
-        let product = |a: &Matrix, b: &Matrix| {
-            Tensor::product(&side(a, &first), &side(b, &second), Pairing::Cross, Pairing::Same)
+        let mut up = Tensor::product(&side(&outer.u, &first), &side(&inner.u, &second), Pairing::Cross, Pairing::Same);
+        let turned = |m: &Matrix, at: &dyn Fn(usize) -> (f64, usize)| {
+            Tensor::of_matrix(&side(m, at).to_matrix().transposed(), Dtype::F64)
         };
-        let (mut up, mut down) = (product(&outer.u, &inner.u), product(&outer.v, &inner.v).transposed());
+        let (v1, v2) = (turned(&outer.v, &first), turned(&inner.v, &second));
+        let mut down = Tensor::product(&v1, &v2, Pairing::Same, Pairing::Cross);
         if chosen.is_empty() {
             (up, down) = nothing((outer.u.rows() * inner.u.rows(), outer.v.rows() * inner.v.rows()));
         }

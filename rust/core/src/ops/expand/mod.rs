@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use self::cut::{Cut, Cutter, Trouble};
-pub(crate) use self::place::settled;
+pub(crate) use self::place::{counterpart, settled};
 use self::place::{put, weight_of};
 use super::based::Based;
 use super::delta::shape;

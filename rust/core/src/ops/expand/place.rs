@@ -85,6 +85,38 @@ pub(crate) fn settled(adapter: &Adapter, max_rank: usize, wanted: impl Fn(&Modul
     Some(out)
 }
 
+/// What another adapter has of a module that stands apart: its canonical parts, and the one module that they make.
+/// `None` if it has none of them, or if they make none.
+pub(crate) fn counterpart(
+    adapter: &Adapter,
+    key: &ModuleKey,
+    address: &Address,
+    other: &Adapter,
+) -> Option<(Vec<ModuleKey>, Module)> {
+    if !stands_apart(address) || other.modules.contains_key(key) {
+        return None;
+    }
+    let row = adapter.row(key, address);
+    let named =
+        |part: usize| ModuleKey { component: key.component, path: row.canonical[part].render(&address.variables) };
+    let module = |key: &ModuleKey| other.modules.get(key).map(|placed| &placed.module);
+    match (row.op, address.part) {
+        (Op::Fuse, None) => {
+            let keys: Vec<ModuleKey> = (0..row.canonical.len()).map(named).collect();
+            let parts: Vec<Option<&Module>> = keys.iter().map(module).collect();
+            parts.iter().any(Option::is_some).then_some(())?;
+            let whole = Module::fuse(&parts, &row.outputs).ok()?;
+            Some((keys, whole))
+        }
+        (Op::SwapHalves, _) => {
+            let key = named(0);
+            let whole = module(&key)?.swap_halves().ok()?;
+            Some((vec![key], whole))
+        }
+        _ => None,
+    }
+}
+
 /// The weight of a module: of all its parts, stacked, where it stands for several.
 pub(super) fn weight_of(adapter: &Adapter, base: &Checkpoint, key: &ModuleKey, address: &Address) -> Option<Tensor> {
     let row = adapter.row(key, address);
