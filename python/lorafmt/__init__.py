@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import exceptions, torch
     from ._lorafmt import __version__
+    from ._resize import normalize, resize
     from .adapter import Adapter, Module
     from .api import (
         check,
@@ -63,8 +64,10 @@ _HOME = {
     "detect": "api",
     "diff": "api",
     "inspect": "api",
+    "normalize": "_resize",
     "open": "api",
     "register_table": "api",
+    "resize": "_resize",
     "scale": "api",
     "split": "api",
 }
@@ -95,8 +98,10 @@ __all__ = [
     "diff",
     "exceptions",
     "inspect",
+    "normalize",
     "open",
     "register_table",
+    "resize",
     "scale",
     "split",
     "torch",

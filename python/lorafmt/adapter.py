@@ -225,6 +225,12 @@ class Adapter(Mapping[str, Module]):
         opened = base if isinstance(base, Base) else Base.open(base)
         return opened.to_torch((self, strength), layout=layout, device=device, out=out)
 
+    def resize(self, rank: int | None = None, **options: Any) -> Adapter:
+        """The adapter with another rank, computed into memory; the options are those of :func:`lorafmt.resize`."""
+        from ._resize import resize
+
+        return resize(self, rank=rank, **options)  # type: ignore[return-value]
+
     def save(
         self,
         path: str | os.PathLike[str],

@@ -5,6 +5,7 @@ mod base;
 mod compose;
 mod enter;
 mod options;
+mod resize;
 mod source;
 
 use std::path::PathBuf;
@@ -30,6 +31,7 @@ use serde_json::Value;
 use base::Base;
 use compose::{converted, plan, write};
 use enter::enter;
+use resize::completed;
 use source::{Buffer, SourceArgument, fill};
 
 /// The tables in use: the built-in ones, and those registered since.
@@ -289,7 +291,7 @@ mod _lorafmt {
 
     #[pymodule_export]
     use super::{
-        Adapter, Base, Plan, check, components, converted, diff, error_codes, formats, native_dialect, plan,
+        Adapter, Base, Plan, check, completed, components, converted, diff, error_codes, formats, native_dialect, plan,
         register_table, run, write,
     };
 

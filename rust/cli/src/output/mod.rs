@@ -9,6 +9,7 @@ mod errors;
 mod formats;
 mod inspect;
 mod progress;
+mod ranks;
 mod sample;
 mod text;
 
