@@ -11,6 +11,7 @@ mod inspect;
 mod progress;
 mod sample;
 mod text;
+mod weights;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;

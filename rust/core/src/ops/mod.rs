@@ -1,11 +1,16 @@
 //! Operations on canonical adapters. They know no key, no dialect and no family.
 
+mod compare;
 mod delta;
 mod diff;
 pub(crate) mod factors;
+mod norm;
+mod place;
 mod resize;
+mod spectrum;
 
 pub use delta::{delta_rows, shape};
-pub use diff::{DiffReport, ModuleDiff, diff};
+pub use diff::{DiffReport, GroupDiff, ModuleDiff, diff};
 pub use resize::{Budget, Criterion, Method, RankRule, Resize, ResizeReport, Resized, Target};
 pub(crate) use resize::{Item, Problem};
+pub use spectrum::{GroupWeights, ModuleWeights, Spectrum, Status, Weights, weights};
