@@ -19,12 +19,7 @@ fn usage(message: impl Into<String>, hint: &str) -> Error {
 }
 
 /// One goal for each input, all different and none of them an input.
-pub(crate) fn choose(
-    output: Option<&Path>,
-    out_dir: Option<&Path>,
-    found: &Found,
-    ending: &str,
-) -> Result<Vec<Goal>> {
+pub(crate) fn choose(output: Option<&Path>, out_dir: Option<&Path>, found: &Found, ending: &str) -> Result<Vec<Goal>> {
     let goals: Vec<Goal> = match output {
         Some(_) if found.inputs.len() > 1 => {
             let hint = "use `--out-dir DIR` instead of `-o`";

@@ -26,16 +26,34 @@ pub(crate) struct ResizeArgs {
     #[command(flatten)]
     pub(crate) ranks: RankArgs,
     /// Every singular value above the largest divided by P
-    #[arg(long, help_heading = "Ranks", value_name = "P", group = "criterion", hide_short_help = true,
-        allow_negative_numbers = true)]
+    #[arg(
+        long,
+        help_heading = "Ranks",
+        value_name = "P",
+        group = "criterion",
+        hide_short_help = true,
+        allow_negative_numbers = true
+    )]
     pub(crate) sv_ratio: Option<f64>,
     /// A share P of the Frobenius norm
-    #[arg(long, help_heading = "Ranks", value_name = "P", group = "criterion", hide_short_help = true,
-        allow_negative_numbers = true)]
+    #[arg(
+        long,
+        help_heading = "Ranks",
+        value_name = "P",
+        group = "criterion",
+        hide_short_help = true,
+        allow_negative_numbers = true
+    )]
     pub(crate) sv_fro: Option<f64>,
     /// A share P of the sum of the singular values
-    #[arg(long, help_heading = "Ranks", value_name = "P", group = "criterion", hide_short_help = true,
-        allow_negative_numbers = true)]
+    #[arg(
+        long,
+        help_heading = "Ranks",
+        value_name = "P",
+        group = "criterion",
+        hide_short_help = true,
+        allow_negative_numbers = true
+    )]
     pub(crate) sv_cumulative: Option<f64>,
     /// Spend N bytes where they keep most, over all modules
     ///
@@ -140,7 +158,8 @@ impl FromStr for Size {
         let text = text.trim().to_lowercase();
         let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let (number, unit) = text.split_at(digits);
-        let unit = UNITS.iter().find(|(name, _)| *name == unit.trim()).ok_or("write bytes, or KB, MB, GB, KiB, MiB, GiB")?;
+        let unit =
+            UNITS.iter().find(|(name, _)| *name == unit.trim()).ok_or("write bytes, or KB, MB, GB, KiB, MiB, GiB")?;
         let number: f64 = number.parse().map_err(|_| format!("`{number}` is no number of bytes"))?;
         Ok(Self((number * unit.1 as f64) as u64))
     }

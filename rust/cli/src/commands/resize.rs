@@ -45,7 +45,8 @@ pub(super) fn run(args: &ResizeArgs, context: &mut Context) -> Result<ExitStatus
 
 /// What the options ask for.
 fn resize(args: &ResizeArgs) -> Result<Resize> {
-    let places = args.rank_at.iter().map(|at| Ok((Selector::parse(&at.selector)?, at.rank))).collect::<Result<Vec<_>>>()?;
+    let places =
+        args.rank_at.iter().map(|at| Ok((Selector::parse(&at.selector)?, at.rank))).collect::<Result<Vec<_>>>()?;
     let kohyas = args
         .sv_ratio
         .map(Criterion::SvRatio)

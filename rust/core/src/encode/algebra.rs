@@ -3,7 +3,7 @@
 use super::{Encoder, Spelled};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Slot};
-use crate::ops::{Item, Problem, Resize};
+use crate::ops::{Item, Method, Problem, Resize};
 use crate::tensor::Tensor;
 
 /// What is done to every module of the target.
@@ -31,7 +31,7 @@ impl<'a> Encoder<'a> {
         let Some(resize) = &self.options.algebra.resize else { return Ok(()) };
         let mut places = Vec::new();
         for (at, s) in spelled.iter().enumerate() {
-            match resizable(&s.module) {
+            match resizable(&s.module, resize) {
                 Ok(true) => places.push(at),
                 Ok(false) => {}
                 Err((reason, hint)) => return Err(self.cannot(s, reason, hint)),
@@ -44,7 +44,7 @@ impl<'a> Encoder<'a> {
         }
         self.note_magnitudes(spelled);
         let mut items = Vec::new();
-        for s in spelled.iter_mut().filter(|s| matches!(resizable(&s.module), Ok(true))) {
+        for s in spelled.iter_mut().filter(|s| matches!(resizable(&s.module, resize), Ok(true))) {
             let name = format!("{}.{}", self.adapter.component(s.place.component).name, s.path);
             let rank = resize.places.iter().rev().find(|(selector, _)| {
                 s.keys.iter().any(|key| {
@@ -106,7 +106,7 @@ impl<'a> Encoder<'a> {
 }
 
 /// Whether a module has a rank that can be changed; what has none stays as it is. An error says why not, and what helps.
-fn resizable(module: &Module) -> Result<bool, (String, &'static str)> {
+fn resizable(module: &Module, resize: &Resize) -> Result<bool, (String, &'static str)> {
     let expand = "`lorafmt expand` makes plain LoRA of it, of any rank";
     match module.kind {
         Kind::Lora if module.get(Slot::Mid).is_some() => {
@@ -116,6 +116,11 @@ fn resizable(module: &Module) -> Result<bool, (String, &'static str)> {
         Kind::Norm | Kind::Set | Kind::Bias => Ok(false),
         // A difference of a vector has no rank.
         Kind::Full if module.tensors.values().all(|t: &Tensor| t.cols() == 1) => Ok(false),
+        Kind::Full if resize.methods.iter().any(|m| matches!(m, Method::Rsvd { .. })) => Ok(true),
+        Kind::Full => Err((
+            "is a full difference, which has no factors".to_owned(),
+            "`--method rsvd` finds some; so does `lorafmt expand`",
+        )),
         kind => Err((format!("is {}, whose rank cannot be changed as it is", kind.name()), expand)),
     }
 }

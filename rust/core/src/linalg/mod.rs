@@ -10,5 +10,5 @@ mod thin;
 
 pub use matrix::{Matrix, Svd, eigh, svd};
 pub use norms::{Compared, Product, compare_products, product_norm2};
-pub use range::{Sketch, Sketched, gaussian, sketch};
+pub use range::{Sketch, Sketched, sketch};
 pub use thin::{Tall, ThinSvd, tall_singular_values, thin_root, thin_svd};

@@ -4,6 +4,7 @@ mod compare;
 mod delta;
 mod diff;
 pub(crate) mod factors;
+pub mod merge;
 mod norm;
 mod place;
 mod resize;

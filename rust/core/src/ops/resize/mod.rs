@@ -7,6 +7,7 @@
 mod grow;
 mod project;
 mod rank;
+mod sampled;
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -27,6 +28,13 @@ use crate::tensor::Tensor;
 pub enum Method {
     /// Fewer ranks: the singular value decomposition, which has the least error (Eckart and Young 1936).
     Svd,
+    /// The same from random samples of the delta: for differences that are not of low rank. It is formed in tiles.
+    Rsvd {
+        /// Power iterations.
+        niter: usize,
+        /// Directions that are followed beside the wanted ones.
+        oversample: usize,
+    },
     /// Fewer ranks by a random projection with normal elements.
     Random,
     /// Fewer ranks by a random projection most of whose elements are zero: this share of them is not.
@@ -42,6 +50,7 @@ impl Method {
     pub fn name(self) -> &'static str {
         match self {
             Method::Svd => "svd",
+            Method::Rsvd { .. } => "rsvd",
             Method::Random => "random",
             Method::SparseRandom(_) => "sparse-random",
             Method::Pad => "pad",
@@ -103,6 +112,15 @@ impl Resized {
             norm: None,
             relative_error: 0.0,
             energy: 1.0,
+        }
+    }
+
+    /// Notes the norm of the delta and that of what was lost.
+    fn measured(&mut self, norm: f64, error: f64) {
+        self.norm = Some(norm);
+        if norm > 0.0 {
+            self.relative_error = error / norm;
+            self.energy = (1.0 - self.relative_error.powi(2)).max(0.0);
         }
     }
 }
@@ -193,8 +211,10 @@ impl Resize {
 
     /// One module; also whether the wanted rank was more than the smaller side. `None` for NaN and infinities.
     fn resize(&self, item: &mut Item<'_>, fixed: Option<usize>) -> Option<(Resized, bool)> {
-        let (up, down) = factors(item.module).expect("only plain LoRA is resized");
-        let (before, side) = (down.rows(), up.rows().min(down.cols()));
+        let (rows, cols) = super::shape(item.module)?;
+        let side = rows.min(cols);
+        // What is no product yet has the rank of its smaller side.
+        let before = factors(item.module).map_or(side, |(_, down)| down.rows());
         let rule = match (fixed, self.target) {
             (None, Target::Rule(rule)) => rule,
             (fixed, _) => RankRule { limit: fixed, criterion: None },
@@ -219,8 +239,11 @@ impl Resize {
 
     /// Fewer ranks, if the rule gives fewer.
     fn shrink(&self, item: &mut Item<'_>, method: Method, rule: RankRule, done: &mut Resized) -> Option<()> {
+        if let Method::Rsvd { niter, oversample } = method {
+            return sampled::shrink(item.module, rule, (niter, oversample), self.seed, done);
+        }
         let thin = decomposed(item.module)?;
-        let wanted = rule.rank(&thin.s);
+        let wanted = rule.rank(&thin.s, 0.0);
         if wanted >= done.rank_before {
             return Some(());
         }
@@ -232,13 +255,8 @@ impl Resize {
                 (small, error)
             }
         };
-        let norm = thin.norm();
         done.rank_after = replace(item.module, small);
-        done.norm = Some(norm * item.module.scale.abs());
-        if norm > 0.0 {
-            done.relative_error = error / norm;
-            done.energy = (1.0 - (error / norm).powi(2)).max(0.0);
-        }
+        done.measured(thin.norm() * item.module.scale.abs(), error * item.module.scale.abs());
         Some(())
     }
 
