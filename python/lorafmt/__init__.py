@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .reports import AdapterInfo, CheckReport, Detection, DiffReport, Report, Warning
+    from .weights import Weights
 
 #: Public name -> the module that has it.
 _HOME = {
@@ -56,6 +57,7 @@ _HOME = {
     "UnsupportedError": "exceptions",
     "UsageError": "exceptions",
     "Warning": "reports",
+    "Weights": "weights",
     "check": "api",
     "compose": "api",
     "convert": "api",
@@ -86,6 +88,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "Warning",
+    "Weights",
     "__version__",
     "check",
     "compose",

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::ops::{Criterion, RankRule};
+use crate::ops::Criterion;
 
 /// Ranks whose retained energy is told, where they are below the rank there is.
 const RANKS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
@@ -66,7 +66,7 @@ pub(super) fn energy_by_rank(energies: &[f64], limit: usize) -> BTreeMap<usize, 
 /// The smallest rank that keeps each share: what `resize` would choose.
 pub(super) fn rank_for_energy(energies: &[f64]) -> BTreeMap<&'static str, usize> {
     let roots: Vec<f64> = energies.iter().map(|e| e.sqrt()).collect();
-    let enough = |share: f64| RankRule { limit: None, criterion: Some(Criterion::Energy(share)) }.rank(&roots, 0.0);
+    let enough = |share: f64| Criterion::Energy(share).rank(&roots, 0.0);
     match energies.iter().any(|e| *e > 0.0) {
         true => SHARES.into_iter().map(|(name, share)| (name, enough(share))).collect(),
         false => BTreeMap::new(),
