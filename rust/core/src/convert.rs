@@ -17,7 +17,7 @@ use crate::kind::Kind;
 use crate::native::{Base, NativeOptions};
 use crate::plan::Plan;
 use crate::report::{Report, SourceReport, TargetReport, Warning};
-use crate::table::{AlphaPolicy, Registry};
+use crate::table::{AlphaPolicy, Dialect, Registry};
 
 /// What a conversion is asked to do.
 #[derive(Debug, Clone)]
@@ -114,7 +114,38 @@ pub fn plan(composition: &Composition<'_>, options: &ConvertOptions, sidecar: bo
         native: options.native.clone(),
         algebra: options.algebra.clone(),
     };
-    encode(composition, &encode_options).map_err(|e| e.at(adapter.source.path()))
+    let native = adapter.registry.dialects[dialect].native(adapter.family).is_some();
+    match native && !options.algebra.is_none() {
+        true => in_two_steps(composition, &encode_options),
+        false => encode(composition, &encode_options),
+    }
+    .map_err(|e| e.at(adapter.source.path()))
+}
+
+/// Branches behind a base are made of adapters as they are: what changes modules is done before, in memory.
+fn in_two_steps(composition: &Composition<'_>, options: &EncodeOptions) -> Result<Plan> {
+    let first = composition.first();
+    let plain = |d: &&Dialect| d.writes(first.family) && d.native(first.family).is_none();
+    let dialect = first.registry.dialects.iter().position(|d| plain(&d)).ok_or_else(|| {
+        Error::new(Code::UnsupportedTarget, format!("no dialect can hold {} meanwhile", first.family_table().name))
+    })?;
+    let changed = encode(composition, &EncodeOptions { dialect, native: None, ..options.clone() })?;
+    let mut bytes = Vec::new();
+    write_to(&mut bytes, &Layout::of(&changed), &Control::default())?;
+    let names: Vec<&str> = composition.terms().iter().map(|t| t.name.as_str()).collect();
+    let source = Source::from_bytes(Path::new(&names.join("+")), Box::new(bytes))?;
+    let given = Given { family: Some(first.family), ..Given::default() };
+    let adapter = decode(&first.registry, &Arc::new(source), &given)?;
+    let second = EncodeOptions { algebra: Algebra::default(), strength: 1.0, ..options.clone() };
+    let mut plan = encode(&Composition::of(&adapter), &second)?;
+    // The inputs are those of the first step; all of what it made is used in the second, or that has failed.
+    plan.fates = changed.fates;
+    plan.alpha = changed.alpha;
+    plan.fidelity = plan.fidelity.max(changed.fidelity);
+    plan.rounding = plan.rounding.max(changed.rounding);
+    plan.warnings.splice(0..0, changed.warnings);
+    (plan.merge, plan.resize) = (changed.merge, changed.resize);
+    Ok(plan)
 }
 
 /// Writes a composition. The report's time does not include opening the sources, and their hashes are left open.
@@ -187,6 +218,7 @@ pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: 
         fidelity: plan.fidelity,
         max_relative_error: plan.rounding,
         resize: plan.resize.clone(),
+        merge: plan.merge.clone(),
         warnings: plan.warnings.clone(),
         seconds: 0.0,
     }

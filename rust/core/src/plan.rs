@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::io::Source;
-use crate::ops::ResizeReport;
+use crate::ops::merge::MergeReport;
+use crate::ops::resize::ResizeReport;
 use crate::report::{AlphaCount, Fidelity, TensorCount, Warning};
 use crate::tensor::Tensor;
 
@@ -75,6 +76,8 @@ pub struct Plan {
     pub warnings: Vec<Warning>,
     /// What happened to ranks, if they were changed.
     pub resize: Option<ResizeReport>,
+    /// What merging lost, if deltas were merged.
+    pub merge: Option<MergeReport>,
 }
 
 impl Plan {
@@ -92,6 +95,7 @@ impl Plan {
             rounding: 0.0,
             warnings: Vec::new(),
             resize: None,
+            merge: None,
         }
     }
 

@@ -10,6 +10,7 @@ mod formats;
 mod inspect;
 mod man;
 mod native;
+mod normalize;
 mod rank;
 mod resize;
 mod sample;
@@ -33,6 +34,7 @@ pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
 pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
+pub(crate) use normalize::NormalizeArgs;
 pub(crate) use rank::RankArgs;
 pub(crate) use resize::{ResizeArgs, ResizeMethod};
 pub(crate) use sample::SampleArgs;
@@ -93,6 +95,7 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     Compose(ComposeArgs),
     Resize(ResizeArgs),
+    Normalize(NormalizeArgs),
     Scale(ScaleArgs),
     Diff(DiffArgs),
     Sample(SampleArgs),

@@ -1,5 +1,5 @@
 use clap::Args;
-use lorafmt_core::ops::{Criterion, RankRule};
+use lorafmt_core::ops::resize::{Criterion, RankRule};
 
 /// Which rank a module gets.
 #[derive(Debug, Clone, Default, Args)]

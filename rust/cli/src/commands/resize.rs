@@ -4,7 +4,7 @@ use std::time::Instant;
 use lorafmt_core::compose::Composition;
 use lorafmt_core::convert::{self, ConvertOptions};
 use lorafmt_core::encode::Algebra;
-use lorafmt_core::ops::{Budget, Criterion, Method, RankRule, Resize, Target};
+use lorafmt_core::ops::resize::{Budget, Criterion, Method, RankRule, Resize, Target};
 use lorafmt_core::strength::Selector;
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
@@ -36,7 +36,7 @@ pub(super) fn run(args: &ResizeArgs, context: &mut Context) -> Result<ExitStatus
     targets::check(&goals, args.writing.dry_run, context.out.json, &[])?;
     let options = ConvertOptions {
         from: args.reading.from.clone(),
-        algebra: Algebra { resize: Some(resize) },
+        algebra: Algebra { resize: Some(resize), ..Algebra::default() },
         ..options("", args.reading.family.as_ref(), &args.writing)
     };
     let task = Task { args, registry, options, hashed: context.out.json };

@@ -6,7 +6,7 @@ use lorafmt_core::adapter::Adapter;
 use lorafmt_core::compose::{Composition, Term};
 use lorafmt_core::convert::{self, ConvertOptions};
 use lorafmt_core::native::{Base, NativeOptions, disassemble};
-use lorafmt_core::strength::Strength;
+use lorafmt_core::strength::{Request, Strength};
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
 
@@ -22,7 +22,7 @@ use crate::targets::{self, Goal};
 struct Task<'a> {
     args: &'a ScaleArgs,
     registry: Arc<Registry>,
-    strength: Strength,
+    strength: Request,
     base: Option<Arc<Base>>,
     goal: Goal,
     hashed: bool,
@@ -71,8 +71,12 @@ impl Task<'_> {
             let hint = "`--block SELECTOR=S` scales a part of one adapter";
             return Err(Error::new(Code::InvalidArgument, message).at(&input.path).hint(hint));
         }
-        let terms = vec![Term::new(&adapter, self.strength.clone())];
+        let terms = vec![Term::new(&adapter, self.strength_for(&adapter)?)];
         self.job(&ConvertOptions { to, ..plain }, &input.path, started).run(&Composition::new(terms)?, progress)
+    }
+
+    fn strength_for(&self, adapter: &Adapter) -> Result<Strength> {
+        self.strength.resolve(adapter.family_table()).map_err(|e| e.at(adapter.source.path()))
     }
 
     /// A file for a quantized model: each adapter inside with a strength of its own, behind the same base.
@@ -88,7 +92,7 @@ impl Task<'_> {
         let names: Vec<String> = terms.iter().map(|t| t.name.clone()).collect();
         let factors = factors(&names, &self.args.lora).map_err(|e| e.at(adapter.source.path()))?;
         for (term, factor) in terms.iter_mut().zip(factors) {
-            term.strength = self.strength.times(factor);
+            term.strength = self.strength_for(adapter)?.times(factor);
         }
         let dialect = &self.registry.dialects[self.registry.dialect(&options.to)?];
         // The base inside the file knows no smoothing: what leaves the native form needs the real one.

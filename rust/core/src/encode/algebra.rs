@@ -1,14 +1,17 @@
-//! What is done to the modules of the target between joining and writing: another rank.
+//! What is done to the modules of the target between joining and writing: a rule that merges them, another rank.
 
 use super::{Encoder, Spelled};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Slot};
-use crate::ops::{Item, Method, Problem, Resize};
+use crate::ops::merge::MergeOptions;
+use crate::ops::resize::{Item, Method, Problem, Resize};
 use crate::tensor::Tensor;
 
 /// What is done to every module of the target.
 #[derive(Debug, Clone, Default)]
 pub struct Algebra {
+    /// A rule that merges the terms, in place of their sum.
+    pub merge: Option<MergeOptions>,
     /// Another rank.
     pub resize: Option<Resize>,
 }
@@ -16,7 +19,7 @@ pub struct Algebra {
 impl Algebra {
     /// Whether nothing is done.
     pub fn is_none(&self) -> bool {
-        self.resize.is_none()
+        self.resize.is_none() && self.merge.is_none()
     }
 
     /// An error for options that make no sense.
@@ -65,7 +68,10 @@ impl<'a> Encoder<'a> {
                 Ok(())
             }
             Err(Problem::Error(error)) => Err(error),
-            Err(Problem::NotFinite(at)) => Err(self.not_finite(&spelled[places[at]])),
+            Err(Problem::NotFinite(at)) => {
+                let s = &spelled[places[at]];
+                Err(self.not_finite(&self.name_of(s), &s.module.inputs))
+            }
         }
     }
 
@@ -88,8 +94,8 @@ impl<'a> Encoder<'a> {
     }
 
     /// Names the first tensor of a module that holds NaN or infinities.
-    fn not_finite(&self, s: &Spelled<'a>) -> Error {
-        let spoiled = s.module.inputs.iter().find_map(|&number| {
+    pub(super) fn not_finite(&self, name: &str, inputs: &[usize]) -> Error {
+        let spoiled = inputs.iter().find_map(|&number| {
             let (source, key) = self.ledger.composition.tensor(number)?;
             let index = source.tensors().iter().position(|t| t.name == key)?;
             let info = &source.tensors()[index];
@@ -97,7 +103,7 @@ impl<'a> Encoder<'a> {
             let bad = bytes.map(|b| crate::dtype::read_f64(info.dtype, b)).any(|v| !v.is_finite());
             bad.then(|| (source.path().to_path_buf(), key.to_owned()))
         });
-        let error = Error::new(Code::NotFinite, format!("`{}` holds NaN or infinite values", self.name_of(s)));
+        let error = Error::new(Code::NotFinite, format!("`{name}` holds NaN or infinite values"));
         match spoiled {
             Some((path, key)) => error.at(&path).key(key),
             None => error.at(self.adapter.source.path()),

@@ -6,12 +6,12 @@ mod diff;
 pub(crate) mod factors;
 pub mod merge;
 mod norm;
+mod normalize;
 mod place;
-mod resize;
+pub mod resize;
 mod spectrum;
 
 pub use delta::{delta_rows, shape};
 pub use diff::{DiffReport, GroupDiff, ModuleDiff, diff};
-pub use resize::{Budget, Criterion, Method, RankRule, Resize, ResizeReport, Resized, Target};
-pub(crate) use resize::{Item, Problem};
+pub use normalize::KeySet;
 pub use spectrum::{GroupWeights, ModuleWeights, Spectrum, Status, Weights, weights};

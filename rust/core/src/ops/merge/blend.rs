@@ -190,7 +190,9 @@ impl Mask {
             Mask::All => {}
             Mask::Nothing => values.data_mut().fill(0.0),
             Mask::Between(None, inside) => drop_unless(values, start, |x, i| inside.holds(x, i)),
-            Mask::Between(Some(outside), inside) => drop_unless(values, start, |x, i| inside.holds(x, i) && !outside.holds(x, i)),
+            Mask::Between(Some(outside), inside) => {
+                drop_unless(values, start, |x, i| inside.holds(x, i) && !outside.holds(x, i))
+            }
             Mask::Random(stream, density) => drop_unless(values, start, |_, i| stream.uniform(i) < *density),
             Mask::Ranked(stream, least, span) => {
                 for (row, line) in values.data_mut().chunks_exact_mut(cols.max(1)).enumerate() {

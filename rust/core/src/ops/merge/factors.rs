@@ -83,8 +83,11 @@ fn lazy(parts: Vec<Part<Elements>>, options: &MergeOptions, name: &str) -> Tenso
 
 /// Merges tensors of one shape that have no factors: differences of weights, biases, norms.
 pub(super) fn elements(parts: Vec<(&Tensor, &Weighted<'_>)>, options: &MergeOptions, name: &str) -> Tensor {
-    let part =
-        |(tensor, t): (&Tensor, &Weighted<'_>)| Part { matrix: Elements(tensor.clone()), weight: t.weight, term: t.term };
+    let part = |(tensor, t): (&Tensor, &Weighted<'_>)| Part {
+        matrix: Elements(tensor.clone()),
+        weight: t.weight,
+        term: t.term,
+    };
     lazy(parts.into_iter().map(part).collect(), options, name)
 }
 
@@ -93,7 +96,9 @@ pub(super) fn elements(parts: Vec<(&Tensor, &Weighted<'_>)>, options: &MergeOpti
 pub(super) fn merge(parts: &[Factored], options: &MergeOptions, name: &str) -> Result<Product, Trouble> {
     if let Some(w) = parts.windows(2).find(|w| w[0].down.rows() != w[1].down.rows()) {
         let (a, b) = (w[0].down.rows(), w[1].down.rows());
-        return refuse(format!("has rank {a} in one and rank {b} in another of them, and factors only merge at one rank"));
+        return refuse(format!(
+            "has rank {a} in one and rank {b} in another of them, and factors only merge at one rank"
+        ));
     }
     let strength = |p: &Factored| p.weight * p.scale;
     let part = |tensor: &Tensor, weight: f64, term: usize| Part { matrix: Elements(tensor.clone()), weight, term };
@@ -134,7 +139,8 @@ fn linear_error(parts: &[Factored], lambda: f64) -> (f64, f64) {
         if i % rank == j % rank { (a.abs() * b.abs()).sqrt().copysign(b) } else { 0.0 }
     };
     let all = parts.len() * rank;
-    let size = |x: &dyn Fn(usize, usize) -> f64| left.times(&Matrix::from_fn(all, all, x)).times_transpose(&right).norm();
+    let size =
+        |x: &dyn Fn(usize, usize) -> f64| left.times(&Matrix::from_fn(all, all, x)).times_transpose(&right).norm();
     let (norm, error) = (size(&wanted), size(&|i, j| given(i, j) - wanted(i, j)));
     (lambda.abs() * norm, if norm > 0.0 { error / norm } else { 0.0 })
 }

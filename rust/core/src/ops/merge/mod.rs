@@ -10,6 +10,7 @@
 //!   different results.
 
 mod blend;
+mod choices;
 mod core;
 mod cut;
 mod factors;
@@ -22,7 +23,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-pub use options::{Combination, MergeOptions, Method, Rule, Sign, Space};
+pub use choices::{Choices, Way};
+pub use options::{MergeOptions, Method, Rule, Sign, Space};
 
 use crate::dtype::Dtype;
 use crate::kind::{Kind, Module, Refusal, Slot};
@@ -148,7 +150,8 @@ pub fn merge(
         product = Some(found);
     }
     for slot in [Slot::Diff, Slot::DiffB, Slot::WNorm, Slot::BNorm] {
-        let parts: Vec<(&Tensor, &Weighted<'_>)> = terms.iter().filter_map(|t| Some((t.module.get(slot)?, t))).collect();
+        let parts: Vec<(&Tensor, &Weighted<'_>)> =
+            terms.iter().filter_map(|t| Some((t.module.get(slot)?, t))).collect();
         if parts.windows(2).any(|w| w[0].0.shape() != w[1].0.shape()) {
             return refuse("has differences of other shapes in each of them");
         }

@@ -131,6 +131,11 @@ impl Method {
         }
     }
 
+    /// Whether PEFT has it.
+    pub fn is_peft(self) -> bool {
+        self.row().peft
+    }
+
     /// The rule that counts where none is named: PEFT's for methods that it has.
     fn home(self) -> Rule {
         if self.row().peft { Rule::Peft } else { Rule::Mergekit }
@@ -211,7 +216,11 @@ impl MergeOptions {
             return Err(wrong(format!("{rule} has no method `{name}`"), hint));
         }
         let unused = [
-            ("density", self.density.is_some() || self.densities.iter().any(Option::is_some), row.sparse != Sparse::Nothing),
+            (
+                "density",
+                self.density.is_some() || self.densities.iter().any(Option::is_some),
+                row.sparse != Sparse::Nothing,
+            ),
             ("sign", self.sign.is_some(), row.elects),
             ("epsilon", self.epsilon.is_some(), row.sparse == Sparse::Ranked),
             ("gamma", self.gamma.is_some(), row.sparse == Sparse::Outliers),
@@ -304,42 +313,6 @@ fn wrong(message: impl Into<String>, hint: impl Into<String>) -> Error {
     Error::new(Code::InvalidArgument, message).hint(hint)
 }
 
-/// What PEFT's `combination_type` means here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Combination {
-    /// Ranks side by side.
-    Cat,
-    /// Ranks side by side, then fewer.
-    Svd,
-    /// A method of PEFT's rule, in the space that PEFT works in.
-    Merge(Method, Space),
-}
-
-impl Combination {
-    /// Reads PEFT's name: `cat`, `svd`, or a method on the factors, or with `_svd` on the deltas.
-    pub fn from_peft(name: &str) -> Option<Self> {
-        if let Some(simple) = [("cat", Self::Cat), ("svd", Self::Svd)].iter().find(|(n, _)| *n == name) {
-            return Some(simple.1);
-        }
-        let (method, space) = match name.strip_suffix("_svd") {
-            Some(method) => (method, Space::Delta),
-            None => (name, Space::Factors),
-        };
-        let method = Method::from_name(method).filter(|m| m.row().peft)?;
-        (method != Method::Linear || space == Space::Factors).then_some(Self::Merge(method, space))
-    }
-
-    /// The options that say the same; `None` where nothing but ranks is put together.
-    pub fn options(self) -> Option<MergeOptions> {
-        match self {
-            Self::Merge(method, space) => {
-                Some(MergeOptions { rule: Some(Rule::Peft), space: Some(space), ..MergeOptions::new(method) })
-            }
-            Self::Cat | Self::Svd => None,
-        }
-    }
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -358,16 +331,6 @@ mod tests {
         }
         assert_eq!(Method::from_name("dare_ties"), Some(Method::DareTies));
         assert_eq!(Method::from_name("slerp"), None);
-    }
-
-    #[test]
-    fn peft_names_are_translated() {
-        let of = Combination::from_peft;
-        assert_eq!(of("ties_svd"), Some(Combination::Merge(Method::Ties, Space::Delta)));
-        assert_eq!(of("dare_linear"), Some(Combination::Merge(Method::DareLinear, Space::Factors)));
-        assert_eq!(of("linear"), Some(Combination::Merge(Method::Linear, Space::Factors)));
-        assert_eq!((of("cat"), of("svd")), (Some(Combination::Cat), Some(Combination::Svd)));
-        assert_eq!((of("linear_svd"), of("della"), of("cat_svd"), of("")), (None, None, None, None));
     }
 
     #[test]

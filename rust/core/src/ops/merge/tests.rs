@@ -22,8 +22,7 @@ fn tensor(matrix: &Matrix) -> Tensor {
 }
 
 fn lora(up: &Matrix, down: &Matrix, scale: f64) -> Module {
-    let mut module =
-        Module::new(Kind::Lora, BTreeMap::from([(Slot::Up, tensor(up)), (Slot::Down, tensor(down))]));
+    let mut module = Module::new(Kind::Lora, BTreeMap::from([(Slot::Up, tensor(up)), (Slot::Down, tensor(down))]));
     module.scale = scale;
     module
 }
@@ -55,8 +54,12 @@ fn options(method: Method, space: Space) -> MergeOptions {
 
 fn run(modules: &[Module], weights: &[f64], options: &MergeOptions, rank: Option<usize>) -> Merged {
     options.check(modules.len()).unwrap();
-    let terms: Vec<Weighted<'_>> =
-        modules.iter().zip(weights).enumerate().map(|(term, (module, &weight))| Weighted { module, weight, term }).collect();
+    let terms: Vec<Weighted<'_>> = modules
+        .iter()
+        .zip(weights)
+        .enumerate()
+        .map(|(term, (module, &weight))| Weighted { module, weight, term })
+        .collect();
     merge(&terms, options, "m", rank).unwrap()
 }
 
@@ -111,7 +114,8 @@ fn core_ties_by_the_definition() {
     let side = |of: &dyn Fn(&Matrix) -> Matrix| {
         let of: Vec<Matrix> = deltas.iter().map(of).collect();
         let (rows, cols) = (of[0].rows(), of[0].cols());
-        let basis = svd(&Matrix::from_fn(rows, 3 * cols, |i, j| of[j / cols].get(i, j % cols))).unwrap().u.first_cols(10);
+        let basis =
+            svd(&Matrix::from_fn(rows, 3 * cols, |i, j| of[j / cols].get(i, j % cols))).unwrap().u.first_cols(10);
         let peak = |j: usize| {
             let column = (0..rows).map(|i| basis.get(i, j));
             column.fold(0.0f64, |most, x| if x.abs() > most.abs() { x } else { most }).signum()
@@ -182,7 +186,8 @@ fn deltas_are_merged_whole_and_compressed() {
 
 #[test]
 fn factors_need_one_rank_and_linear_tells_its_error() {
-    let modules: Vec<Module> = (0..2).map(|i| lora(&noise(M, 4, &format!("u{i}")), &noise(4, N, &format!("d{i}")), 0.5)).collect();
+    let modules: Vec<Module> =
+        (0..2).map(|i| lora(&noise(M, 4, &format!("u{i}")), &noise(4, N, &format!("d{i}")), 0.5)).collect();
     let linear = run(&modules, &[1.0, -0.5], &options(Method::Linear, Space::Factors), None);
     let mut sum = dense(&modules[0]);
     sum.add_product(-0.5, &dense(&modules[1]), &Matrix::identity(N));
@@ -221,7 +226,8 @@ fn what_cannot_be_merged_says_why() {
     dora.tensors.insert(Slot::Magnitude, tensor(&noise(M, 1, "m")));
     let short = lora(&noise(M - 1, 3, "s"), down, 1.0);
     let options = options(Method::Ties, Space::Core);
-    let pair = |other| merge(&[&plain, other].map(|module| Weighted { module, weight: 1.0, term: 0 }), &options, "m", None);
+    let pair =
+        |other| merge(&[&plain, other].map(|module| Weighted { module, weight: 1.0, term: 0 }), &options, "m", None);
     assert!(matches!(pair(&spoiled), Err(Trouble::NotFinite(1))));
     for (other, words) in [(&dora, "DoRA"), (&short, "outputs")] {
         let Err(Trouble::Refused(Refusal(why))) = pair(other) else { panic!("{words}") };

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::ops::Criterion;
+use crate::ops::resize::Criterion;
 
 /// Ranks whose retained energy is told, where they are below the rank there is.
 const RANKS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
