@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .reports import AdapterInfo, CheckReport, Detection, DiffReport, Report, Warning
+    from .weights import Weights
 
 #: Public name -> the module that has it.
 _HOME = {
@@ -57,6 +58,7 @@ _HOME = {
     "UnsupportedError": "exceptions",
     "UsageError": "exceptions",
     "Warning": "reports",
+    "Weights": "weights",
     "check": "api",
     "compose": "api",
     "convert": "api",
@@ -89,6 +91,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "Warning",
+    "Weights",
     "__version__",
     "check",
     "compose",

@@ -130,9 +130,14 @@ impl Adapter {
         enter(py, None, |_| self.sound().map(drop))
     }
 
-    /// What it is, as JSON.
-    fn inspect(&self, py: Python<'_>) -> PyResult<String> {
-        enter(py, None, |_| Ok(to_json(&core_inspect::inspect(&self.inner, &self.problems))))
+    /// What it is, as JSON; with `weights` also what its weights look like.
+    #[pyo3(signature = (weights=false))]
+    fn inspect(&self, py: Python<'_>, weights: bool) -> PyResult<String> {
+        enter(py, None, |_| {
+            let inspection = core_inspect::inspect(&self.inner, &self.problems);
+            let inspection = if weights { inspection.with_weights(&self.inner)? } else { inspection };
+            Ok(to_json(&inspection))
+        })
     }
 
     /// Names of its modules with their component, in order.
@@ -243,10 +248,17 @@ fn check(py: Python<'_>, source: SourceArgument<'_>, options: &str) -> PyResult<
     })
 }
 
-/// Compares two adapters by their deltas; JSON.
+/// Compares two adapters by their deltas; JSON. `by_module` lists modules that are equal, too.
 #[pyfunction]
-fn diff(py: Python<'_>, a: &Adapter, b: &Adapter, tolerance: f64) -> PyResult<String> {
-    enter(py, None, |_| ops::diff(a.sound()?, b.sound()?, tolerance).map(|report| to_json(&report)))
+#[pyo3(signature = (a, b, tolerance, by_module=false))]
+fn diff(py: Python<'_>, a: &Adapter, b: &Adapter, tolerance: f64, by_module: bool) -> PyResult<String> {
+    enter(py, None, |_| {
+        let mut report = ops::diff(a.sound()?, b.sound()?, tolerance)?;
+        if !by_module {
+            report.by_module.clear();
+        }
+        Ok(to_json(&report))
+    })
 }
 
 /// Names of dialects (with whether each is written) and of families.

@@ -12,6 +12,7 @@ mod progress;
 mod ranks;
 mod sample;
 mod text;
+mod weights;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
