@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import exceptions, torch
     from ._expand import expand
     from ._lorafmt import __version__
+    from ._resize import normalize, resize
     from .adapter import Adapter, Module
     from .api import (
         check,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .reports import AdapterInfo, CheckReport, Detection, DiffReport, Report, Warning
+    from .weights import Weights
 
 #: Public name -> the module that has it.
 _HOME = {
@@ -57,6 +59,7 @@ _HOME = {
     "UnsupportedError": "exceptions",
     "UsageError": "exceptions",
     "Warning": "reports",
+    "Weights": "weights",
     "check": "api",
     "compose": "api",
     "convert": "api",
@@ -65,8 +68,10 @@ _HOME = {
     "diff": "api",
     "expand": "_expand",
     "inspect": "api",
+    "normalize": "_resize",
     "open": "api",
     "register_table": "api",
+    "resize": "_resize",
     "scale": "api",
     "split": "api",
 }
@@ -88,6 +93,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "Warning",
+    "Weights",
     "__version__",
     "check",
     "compose",
@@ -98,8 +104,10 @@ __all__ = [
     "exceptions",
     "expand",
     "inspect",
+    "normalize",
     "open",
     "register_table",
+    "resize",
     "scale",
     "split",
     "torch",

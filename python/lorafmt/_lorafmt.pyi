@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "components", "converted", "diff", "error_codes", "formats", "native_dialect", "plan", "register_table", "run", "write"]
+__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "completed", "components", "converted", "diff", "error_codes", "formats", "native_dialect", "plan", "register_table", "run", "write"]
 
 __version__: Final[str]
 
@@ -105,6 +105,11 @@ class Plan:
 def check(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}") -> str:
     """
     Checks structure, pairs, shapes, names and values; JSON.
+    """
+
+def completed(adapters: SupportsGetItem[int, Adapter], like: Adapter | None = None) -> list[Adapter]:
+    """
+    The adapters with the modules of all of them, or those of `like`, as zeros where they lack one.
     """
 
 def components() -> list[str]:

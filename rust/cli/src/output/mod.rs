@@ -10,8 +10,10 @@ mod expand;
 mod formats;
 mod inspect;
 mod progress;
+mod ranks;
 mod sample;
 mod text;
+mod weights;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;
