@@ -33,9 +33,9 @@ class Adapter:
         """
         Raises the first problem, if there is one.
         """
-    def inspect(self, /) -> str:
+    def inspect(self, /, weights: bool = False) -> str:
         """
-        What it is, as JSON.
+        What it is, as JSON; with `weights` also what its weights look like.
         """
     def module(self, /, name: str) -> str:
         """
@@ -128,8 +128,10 @@ def expand(adapter: Adapter, options: str, base_weights: str | PathLike[str] | N
     """
 
 def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex) -> str:
+
+def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex, by_module: bool = False) -> str:
     """
-    Compares two adapters by their deltas; JSON.
+    Compares two adapters by their deltas; JSON. `by_module` lists modules that are equal, too.
     """
 
 def error_codes() -> list[str]:

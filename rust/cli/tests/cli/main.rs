@@ -19,3 +19,4 @@ mod signals;
 mod sources;
 mod strength;
 mod tables;
+mod weights;
