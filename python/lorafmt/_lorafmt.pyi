@@ -127,8 +127,6 @@ def expand(adapter: Adapter, options: str, base_weights: str | PathLike[str] | N
     The adapter as plain LoRA, its tensors yet to be computed or to be written, and what happened as JSON.
     """
 
-def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex) -> str:
-
 def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex, by_module: bool = False) -> str:
     """
     Compares two adapters by their deltas; JSON. `by_module` lists modules that are equal, too.
