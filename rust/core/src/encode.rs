@@ -191,7 +191,10 @@ impl<'a> Encoder<'a> {
             keys.dedup();
             let path = match part {
                 Some(part) => row.canonical[part].render(&variables),
-                None => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
+                // A fused module that could not be cut has no name where parts stand; joining it is refused below.
+                None => {
+                    row.names[place.namespace].as_ref().map_or_else(|| keys[0].path.clone(), |t| t.render(&variables))
+                }
             };
             let terms = self.join_terms(place, dialect, row, members)?;
             let draft = Draft { row, path, keys, terms };
