@@ -42,6 +42,7 @@ pub(crate) fn parse(json: &str) -> Result<ConvertOptions> {
         max_rank: count("max_rank"),
         width: count("widen"),
         native: None,
+        ..ConvertOptions::default()
     })
 }
 
