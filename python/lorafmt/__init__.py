@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import exceptions, torch
     from ._lorafmt import __version__
+    from ._resize import normalize, resize
     from .adapter import Adapter, Module
     from .api import (
         check,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .reports import AdapterInfo, CheckReport, Detection, DiffReport, Report, Warning
+    from .weights import Weights
 
 #: Public name -> the module that has it.
 _HOME = {
@@ -56,6 +58,7 @@ _HOME = {
     "UnsupportedError": "exceptions",
     "UsageError": "exceptions",
     "Warning": "reports",
+    "Weights": "weights",
     "check": "api",
     "compose": "api",
     "convert": "api",
@@ -63,8 +66,10 @@ _HOME = {
     "detect": "api",
     "diff": "api",
     "inspect": "api",
+    "normalize": "_resize",
     "open": "api",
     "register_table": "api",
+    "resize": "_resize",
     "scale": "api",
     "split": "api",
 }
@@ -86,6 +91,7 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "Warning",
+    "Weights",
     "__version__",
     "check",
     "compose",
@@ -95,8 +101,10 @@ __all__ = [
     "diff",
     "exceptions",
     "inspect",
+    "normalize",
     "open",
     "register_table",
+    "resize",
     "scale",
     "split",
     "torch",

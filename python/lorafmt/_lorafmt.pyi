@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "components", "converted", "diff", "error_codes", "formats", "native_dialect", "plan", "register_table", "run", "write"]
+__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "completed", "components", "converted", "diff", "error_codes", "formats", "native_dialect", "plan", "register_table", "run", "write"]
 
 __version__: Final[str]
 
@@ -33,9 +33,9 @@ class Adapter:
         """
         Raises the first problem, if there is one.
         """
-    def inspect(self, /) -> str:
+    def inspect(self, /, weights: bool = False) -> str:
         """
-        What it is, as JSON.
+        What it is, as JSON; with `weights` also what its weights look like.
         """
     def module(self, /, name: str) -> str:
         """
@@ -107,6 +107,11 @@ def check(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple
     Checks structure, pairs, shapes, names and values; JSON.
     """
 
+def completed(adapters: SupportsGetItem[int, Adapter], like: Adapter | None = None) -> list[Adapter]:
+    """
+    The adapters with the modules of all of them, or those of `like`, as zeros where they lack one.
+    """
+
 def components() -> list[str]:
     """
     Names of the components of all families.
@@ -117,9 +122,9 @@ def converted(terms: SupportsGetItem[int, tuple[Adapter, str | None]], options: 
     The adapter that is made, computed into memory, and the report as JSON.
     """
 
-def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex) -> str:
+def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex, by_module: bool = False) -> str:
     """
-    Compares two adapters by their deltas; JSON.
+    Compares two adapters by their deltas; JSON. `by_module` lists modules that are equal, too.
     """
 
 def error_codes() -> list[str]:

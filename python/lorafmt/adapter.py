@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .api import Layout, Strength
     from .base import BaseLike
+    from .weights import Weights
 
 
 class Module:
@@ -111,6 +112,12 @@ class Adapter(Mapping[str, Module]):
         if self._info is None:
             self._info = reports._info(self._native.inspect())
         return self._info
+
+    def weights(self) -> Weights:
+        """What the weights look like: norms, ranks, energies. Reads all of them, each time."""
+        weights = reports._info(self._native.inspect(True)).weights
+        assert weights is not None
+        return weights
 
     @property
     def family(self) -> str:
@@ -224,6 +231,12 @@ class Adapter(Mapping[str, Module]):
 
         opened = base if isinstance(base, Base) else Base.open(base)
         return opened.to_torch((self, strength), layout=layout, device=device, out=out)
+
+    def resize(self, rank: int | None = None, **options: Any) -> Adapter:
+        """The adapter with another rank, computed into memory; the options are those of :func:`lorafmt.resize`."""
+        from ._resize import resize
+
+        return resize(self, rank=rank, **options)  # type: ignore[return-value]
 
     def save(
         self,

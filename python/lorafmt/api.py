@@ -77,9 +77,19 @@ def open(
     return Adapter(native, options={"from": from_, "family": family}, framework=framework_of(src))
 
 
-def inspect(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.AdapterInfo:
-    """What a file is: dialect, family, kind, ranks, who loads it. Reads the header and alphas only."""
-    return reports._info(_native(src, family, from_).inspect())
+def inspect(
+    src: Source,
+    *,
+    family: Family | None = None,
+    from_: Dialect | None = None,
+    weights: bool = False,
+    base: BaseLike | None = None,
+) -> reports.AdapterInfo:
+    """What a file is: dialect, family, kind, ranks, who loads it. Reads the header and alphas only.
+
+    ``weights`` also measures them, which reads all: see :class:`lorafmt.Weights`. ``base`` is taken off native files.
+    """
+    return reports._info(_native(src, family, from_, native_base(base)).inspect(weights))
 
 
 def detect(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.Detection:
@@ -101,14 +111,18 @@ def diff(
     tolerance: float = 1e-6,
     family: Family | None = None,
     base: BaseLike | None = None,
+    by: Literal["block", "module"] = "block",
 ) -> reports.DiffReport:
     """Compares what two adapters do, module by module: relative Frobenius error of the deltas, whatever the dialect.
 
-    ``base`` is taken off native files.
+    ``base`` is taken off native files. The report has norms, cosine similarity and error of the whole and of each
+    block; ``by="module"`` adds those of every module.
     """
+    if by not in ("block", "module"):
+        raise usage_error(f"`by` is {by!r}", "one of: block, module")
     behind = native_base(base)
     one, other = (_native(src, family, None, behind) for src in (a, b))
-    return reports._diff(_lorafmt.diff(one, other, tolerance))
+    return reports._diff(_lorafmt.diff(one, other, tolerance, by == "module"))
 
 
 @overload

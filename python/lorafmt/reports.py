@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from .weights import Weights, _weights
+
 
 @dataclass(frozen=True)
 class Warning:
@@ -83,6 +85,8 @@ class AdapterInfo(_Document):
     warnings: tuple[Warning, ...]
     problems: tuple[dict[str, Any], ...]
     """What makes a conversion impossible, as error objects."""
+    weights: Weights | None = None
+    """What the weights look like, if that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,24 @@ class ModuleDiff:
     module: str
     relative_error: float
     state: str
+    norm_a: float | None
+    """Frobenius norm of the first delta; None where there is none, or none that is finite."""
+    norm_b: float | None
+    cosine: float | None
+    """Inner product of the deltas over both norms; None where one is zero."""
+
+
+@dataclass(frozen=True)
+class GroupDiff:
+    """The modules of a block, or of a component outside of blocks, together."""
+
+    component: str
+    block: str | None
+    modules: int
+    norm_a: float
+    norm_b: float
+    cosine: float | None
+    relative_error: float
 
 
 @dataclass(frozen=True)
@@ -151,6 +173,16 @@ class DiffReport(_Document):
     modules: int
     max_relative_error: float
     differences: tuple[ModuleDiff, ...]
+    measured: int
+    """Modules with deltas that could be measured: those that the next four numbers are about."""
+    norm_a: float
+    norm_b: float
+    cosine: float | None
+    relative_error: float
+    """Root of the sum of squared differences, over the larger norm."""
+    by_block: tuple[GroupDiff, ...]
+    by_module: tuple[ModuleDiff, ...]
+    """Every module, with ``by="module"``."""
 
     def __bool__(self) -> bool:
         return self.equal
@@ -196,6 +228,7 @@ def _info(text: str) -> AdapterInfo:
         unknown=tuple(d["unknown"]),
         warnings=_warnings(d),
         problems=tuple(d["problems"]),
+        weights=_weights(d["weights"]) if "weights" in d else None,
     )
 
 
@@ -227,5 +260,8 @@ def _check(text: str) -> CheckReport:
 
 def _diff(text: str) -> DiffReport:
     d = json.loads(text)
-    differences = tuple(ModuleDiff(**m) for m in d["differences"])
-    return DiffReport(d, d["equal"], d["tolerance"], d["modules"], d["max_relative_error"], differences)
+    modules = {name: tuple(ModuleDiff(**m) for m in d.get(name, ())) for name in ("differences", "by_module")}
+    plain = ("equal", "tolerance", "modules", "max_relative_error", "measured")
+    numbers = ("norm_a", "norm_b", "cosine", "relative_error")
+    blocks = tuple(GroupDiff(**block) for block in d["by_block"])
+    return DiffReport(d, **{name: d[name] for name in plain + numbers}, **modules, by_block=blocks)

@@ -6,10 +6,11 @@ use serde::Serialize;
 
 use crate::adapter::Adapter;
 use crate::convert::kind_name;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::kind::{Kind, Slot};
 use crate::native::NativeInfo;
 use crate::native::manifest::{Entry, Manifest};
+use crate::ops::{Weights, weights};
 use crate::report::{AlphaCount, Warning};
 use crate::table::Registry;
 
@@ -76,6 +77,9 @@ pub struct Inspection {
     /// The base and the adapters of a native file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub native: Option<Native>,
+    /// What its weights look like, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<Weights>,
     /// Programs that load it, or not.
     pub loaders: Vec<Loader>,
     /// The header's metadata.
@@ -182,6 +186,7 @@ pub fn inspect(adapter: &Adapter, problems: &[Error]) -> Inspection {
         alpha: AlphaCount::default(),
         widened: BTreeMap::new(),
         native: adapter.native.as_ref().map(native),
+        weights: None,
         loaders: Vec::new(),
         metadata: source.metadata().iter().cloned().collect(),
         unknown: adapter.unknown.iter().map(|&i| source.tensors()[i].name.clone()).collect(),
@@ -212,6 +217,16 @@ pub fn inspect(adapter: &Adapter, problems: &[Error]) -> Inspection {
     }
     out.loaders = loaders(registry, adapter);
     out
+}
+
+impl Inspection {
+    /// The same with what the weights look like. Reads them all.
+    pub fn with_weights(mut self, adapter: &Adapter) -> Result<Self> {
+        let weights = weights(adapter)?;
+        self.warnings.extend(weights.warnings());
+        self.weights = Some(weights);
+        Ok(self)
+    }
 }
 
 /// What the dialect's table says of programs, and where another dialect would help.

@@ -29,8 +29,10 @@ fn composed<T>(
     work: impl FnOnce(&Composition<'_>, &ConvertOptions) -> Result<T>,
 ) -> Result<T> {
     let mut options = options::parse(json)?;
-    let chosen = serde_json::from_str(json).unwrap_or_default();
-    options.algebra = choices::algebra(&chosen, terms.len())?;
+    if options.algebra.is_none() {
+        let chosen = serde_json::from_str(json).unwrap_or_default();
+        options.algebra = choices::algebra(&chosen, terms.len())?;
+    }
     options.native = base.map(|b| options::native(json, &b.get().inner, describe)).transpose()?;
     let adapters: Vec<&CoreAdapter> = terms.iter().map(|(a, _)| a.get().sound()).collect::<Result<_>>()?;
     if let ([adapter], [(_, None)]) = (adapters.as_slice(), terms.as_slice()) {

@@ -6,6 +6,7 @@ mod choices;
 mod compose;
 mod enter;
 mod options;
+mod resize;
 mod source;
 
 use std::path::PathBuf;
@@ -31,6 +32,7 @@ use serde_json::Value;
 use base::Base;
 use compose::{converted, plan, write};
 use enter::enter;
+use resize::completed;
 use source::{Buffer, SourceArgument, fill};
 
 /// The tables in use: the built-in ones, and those registered since.
@@ -129,9 +131,14 @@ impl Adapter {
         enter(py, None, |_| self.sound().map(drop))
     }
 
-    /// What it is, as JSON.
-    fn inspect(&self, py: Python<'_>) -> PyResult<String> {
-        enter(py, None, |_| Ok(to_json(&core_inspect::inspect(&self.inner, &self.problems))))
+    /// What it is, as JSON; with `weights` also what its weights look like.
+    #[pyo3(signature = (weights=false))]
+    fn inspect(&self, py: Python<'_>, weights: bool) -> PyResult<String> {
+        enter(py, None, |_| {
+            let inspection = core_inspect::inspect(&self.inner, &self.problems);
+            let inspection = if weights { inspection.with_weights(&self.inner)? } else { inspection };
+            Ok(to_json(&inspection))
+        })
     }
 
     /// Names of its modules with their component, in order.
@@ -242,10 +249,17 @@ fn check(py: Python<'_>, source: SourceArgument<'_>, options: &str) -> PyResult<
     })
 }
 
-/// Compares two adapters by their deltas; JSON.
+/// Compares two adapters by their deltas; JSON. `by_module` lists modules that are equal, too.
 #[pyfunction]
-fn diff(py: Python<'_>, a: &Adapter, b: &Adapter, tolerance: f64) -> PyResult<String> {
-    enter(py, None, |_| ops::diff(a.sound()?, b.sound()?, tolerance).map(|report| to_json(&report)))
+#[pyo3(signature = (a, b, tolerance, by_module=false))]
+fn diff(py: Python<'_>, a: &Adapter, b: &Adapter, tolerance: f64, by_module: bool) -> PyResult<String> {
+    enter(py, None, |_| {
+        let mut report = ops::diff(a.sound()?, b.sound()?, tolerance)?;
+        if !by_module {
+            report.by_module.clear();
+        }
+        Ok(to_json(&report))
+    })
 }
 
 /// Names of dialects (with whether each is written) and of families.
@@ -290,7 +304,7 @@ mod _lorafmt {
 
     #[pymodule_export]
     use super::{
-        Adapter, Base, Plan, check, components, converted, diff, error_codes, formats, native_dialect, plan,
+        Adapter, Base, Plan, check, completed, components, converted, diff, error_codes, formats, native_dialect, plan,
         register_table, run, write,
     };
 

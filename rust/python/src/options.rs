@@ -5,6 +5,7 @@ use std::sync::Arc;
 use lorafmt_core::compose::Unknown;
 use lorafmt_core::convert::ConvertOptions;
 use lorafmt_core::dtype::Dtype;
+use lorafmt_core::encode::Algebra;
 use lorafmt_core::error::{Code, Error, Result};
 use lorafmt_core::native::{Base, Layout, NativeOptions, Precision};
 use serde_json::Value;
@@ -42,7 +43,7 @@ pub(crate) fn parse(json: &str) -> Result<ConvertOptions> {
         max_rank: count("max_rank"),
         width: count("widen"),
         native: None,
-        ..ConvertOptions::default()
+        algebra: Algebra { resize: crate::resize::parse(&value)?, ..Algebra::default() },
     })
 }
 

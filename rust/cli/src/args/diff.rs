@@ -1,6 +1,6 @@
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::Reading;
 
@@ -8,8 +8,18 @@ const EXAMPLES: &str = "\
 Examples:
   lorafmt diff style.safetensors style.diffusers.safetensors
   lorafmt diff a.safetensors b.safetensors --tolerance 1e-2
+  lorafmt diff a.safetensors b.safetensors --by block
   lorafmt diff a.safetensors a.nunchaku.safetensors --base svdq.safetensors
   lorafmt diff a.safetensors b.safetensors --json | jq .max_relative_error";
+
+/// By what modules are compared besides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ByArg {
+    /// Norms, cosine and error of each block
+    Block,
+    /// The same of each module, those that are equal included
+    Module,
+}
 
 /// Compare two adapters by their effect, module by module
 ///
@@ -27,6 +37,9 @@ pub(crate) struct DiffArgs {
     /// The largest relative difference that counts as equal
     #[arg(long, default_value_t = 1e-6, value_name = "T", allow_negative_numbers = true)]
     pub(crate) tolerance: f64,
+    /// Show norms, cosine similarity and error of the whole and of each block or module
+    #[arg(long, value_name = "WHAT", value_enum)]
+    pub(crate) by: Option<ByArg>,
     #[command(flatten)]
     pub(crate) reading: Reading,
     /// The quantized checkpoint behind a native file; its branches are no part

@@ -30,7 +30,7 @@ pub(crate) use completions::CompletionsArgs;
 pub(crate) use compose::ComposeArgs;
 pub(crate) use convert::ConvertArgs;
 pub(crate) use detect::DetectArgs;
-pub(crate) use diff::DiffArgs;
+pub(crate) use diff::{ByArg, DiffArgs};
 pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;

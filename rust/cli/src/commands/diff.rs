@@ -10,7 +10,7 @@ use lorafmt_core::{Code, Error, Result};
 use super::Context;
 use super::writing::open_base;
 use crate::ExitStatus;
-use crate::args::DiffArgs;
+use crate::args::{ByArg, DiffArgs};
 use crate::output::differences;
 use crate::sources::Input;
 
@@ -31,12 +31,15 @@ pub(super) fn run(args: &DiffArgs, context: &mut Context) -> Result<ExitStatus> 
         Err(error) => Err(error),
     };
     let (a, b) = (open(a)?, open(b)?);
-    let report = diff(&a, &b, args.tolerance)?;
+    let mut report = diff(&a, &b, args.tolerance)?;
+    if args.by != Some(ByArg::Module) {
+        report.by_module.clear();
+    }
     if context.out.json {
         context.out.document(&serde_json::to_value(&report).unwrap_or_default());
     } else {
         let view = context.out.view;
-        context.out.answer(&differences(&report, &view));
+        context.out.answer(&differences(&report, args.by, &view));
     }
     let warned = |adapter: &Adapter, path: &Path| {
         context.out.warnings(&adapter.warnings, Some(path));

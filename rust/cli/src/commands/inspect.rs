@@ -1,9 +1,11 @@
 use std::sync::Arc;
 
 use lorafmt_core::decode::decode_lenient;
+use lorafmt_core::detect::Given;
 use lorafmt_core::{Result, inspect};
 
 use super::Context;
+use super::writing::open_base;
 use crate::ExitStatus;
 use crate::args::InspectArgs;
 use crate::output::View;
@@ -11,11 +13,13 @@ use crate::sources;
 
 pub(super) fn run(args: &InspectArgs, context: &mut Context) -> Result<ExitStatus> {
     let registry = context.registry()?;
-    let given = context.given(&registry, &args.reading)?;
+    let base = open_base(&registry, args.base.as_deref())?;
+    let given = Given { base, ..context.given(&registry, &args.reading)? };
     let found = sources::find(&args.inputs, None)?;
     let view = View { meta: args.meta, ..context.out.view };
     Ok(context.answer_all(&found, view, |_, input, _| {
         let (adapter, problems) = decode_lenient(&registry, &Arc::new(input.open()?), &given)?;
-        Ok(inspect::inspect(&adapter, &problems))
+        let inspection = inspect::inspect(&adapter, &problems);
+        if args.weights { inspection.with_weights(&adapter) } else { Ok(inspection) }
     }))
 }

@@ -9,7 +9,7 @@ use lorafmt_core::strength::Strength;
 use serde_json::{Map, Value, json};
 
 use super::text::{BOLD, DIM, GREEN, by_place, bytes, clean, number, paint, plural, seconds};
-use super::{Answer, View};
+use super::{Answer, View, ranks};
 
 /// A conversion that was done or planned.
 pub(crate) struct Converted {
@@ -72,7 +72,8 @@ impl Answer for Converted {
             None => {
                 let path = self.report.target.path.as_deref().unwrap_or("-");
                 let (wrote, path) = (paint(GREEN, "wrote"), paint(BOLD, clean(path)));
-                format!("{wrote} {path}  ({})\n{}", self.summary(true), self.ingredients(view))
+                let parts = self.ingredients(view);
+                format!("{wrote} {path}  ({})\n{parts}{}", self.summary(true), self.ranks(view))
             }
         }
     }
@@ -100,6 +101,11 @@ impl Converted {
             format!("  {number:>width$}  {}{inside}{}\n", clean(&part.path), by_place(&part.strength))
         };
         self.parts.iter().zip(&numbers).map(line).collect()
+    }
+
+    /// What happened to ranks.
+    fn ranks(&self, view: &View) -> String {
+        self.report.resize.as_ref().map_or_else(String::new, |r| ranks::ranks(r, view))
     }
 
     fn summary(&self, done: bool) -> String {
@@ -155,6 +161,7 @@ impl Planned {
             return out;
         }
         out += &converted.ingredients(view);
+        out += &converted.ranks(view);
         let lines: Vec<(String, String, usize)> = if view.verbose {
             self.tensors.iter().map(|(key, dtype, shape)| (key.clone(), format!("{dtype} {shape:?}"), 1)).collect()
         } else {

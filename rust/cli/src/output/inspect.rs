@@ -12,10 +12,11 @@ use super::text::{
     BOLD, DIM, GREEN, RED, YELLOW, by_place, bytes, clean, clean_lines, number, paint, percent, plural, quoted,
     shortened,
 };
+use super::weights::table;
 use super::{Answer, View};
 
 /// Lines of a list that are shown without `-v`.
-const SHOWN: usize = 5;
+pub(super) const SHOWN: usize = 5;
 /// Characters of a metadata value that are shown without `--meta`.
 const VALUE: usize = 48;
 /// Metadata that says most about a file, most telling first.
@@ -59,6 +60,9 @@ impl Answer for Inspection {
             .iter()
             .map(|p| format!("{} {}", paint(RED, format!("[{}]", problem(p, "code"))), problem(p, "message")));
         list(&mut out, "problems", &problems.collect::<Vec<_>>(), view.verbose);
+        if let Some(weights) = &self.weights {
+            table(weights, &mut out, view);
+        }
         let warnings = self
             .warnings
             .iter()
@@ -222,12 +226,12 @@ fn counts<K: Display, V: Display>(map: &BTreeMap<K, V>, between: &str, text: imp
     map.iter().map(|(k, v)| text(k, v)).collect::<Vec<_>>().join(between)
 }
 
-fn row(out: &mut String, label: &str, text: &str) {
+pub(super) fn row(out: &mut String, label: &str, text: &str) {
     let label = if label.is_empty() { " ".repeat(10) } else { paint(DIM, format!("{label:10}")) };
     let _ = writeln!(out, "{label}{text}");
 }
 
-fn list(out: &mut String, label: &str, lines: &[String], all: bool) {
+pub(super) fn list(out: &mut String, label: &str, lines: &[String], all: bool) {
     let shown = if all { lines.len() } else { SHOWN };
     for (i, line) in lines.iter().take(shown).enumerate() {
         row(out, if i == 0 { label } else { "" }, line);

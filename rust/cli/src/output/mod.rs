@@ -9,8 +9,10 @@ mod errors;
 mod formats;
 mod inspect;
 mod progress;
+mod ranks;
 mod sample;
 mod text;
+mod weights;
 
 use std::io::{ErrorKind, IsTerminal, Write};
 use std::path::Path;

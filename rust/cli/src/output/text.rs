@@ -88,6 +88,21 @@ pub(super) fn error(value: f64) -> String {
     if value == 0.0 { "0".to_owned() } else { format!("{value:.1e}") }
 }
 
+/// Four digits of a number that may have any size.
+pub(super) fn digits(value: f64) -> String {
+    let size = value.abs();
+    match value {
+        0.0 => "0".to_owned(),
+        _ if !(1e-3..1e5).contains(&size) => format!("{value:.2e}"),
+        _ => format!("{value:.*}", (3 - size.log10().floor() as i32).clamp(0, 5) as usize),
+    }
+}
+
+/// A number that may not be there.
+pub(super) fn or_dash(value: Option<f64>, text: impl Fn(f64) -> String) -> String {
+    value.map_or_else(|| "-".to_owned(), text)
+}
+
 /// A strength: what was typed, without what computing has added behind its sixth digit.
 pub(super) fn number(value: f64) -> String {
     format!("{value:.5e}").parse().unwrap_or(value).to_string()
@@ -125,6 +140,8 @@ mod tests {
             assert_eq!(bytes(n), text);
         }
         assert_eq!((percent(1.0), percent(0.9999), percent(0.5)), ("100%".into(), "99.9%".into(), "50%".into()));
+        let numbers = [0.0, 1.0, 0.012_345, 12_345.6, 123_456.0, 1e-9, 9.9999].map(digits);
+        assert_eq!(numbers, ["0", "1.000", "0.01235", "12346", "1.23e5", "1.00e-9", "10.000"]);
         assert_eq!(quoted("a b's"), r"'a b'\''s'");
         assert_eq!((shortened("abcdef", 4), shortened("abcd", 4)), ("abc…".into(), "abcd".into()));
     }

@@ -220,6 +220,19 @@ pub fn eigh(a: &Matrix) -> Option<(Vec<f64>, Matrix)> {
     Some((values, from_faer(vectors.as_ref())))
 }
 
+/// The eigenvalues, largest first, of a symmetric matrix; `None` if it holds NaN or infinities.
+pub(super) fn eigenvalues(a: &Matrix) -> Option<Vec<f64>> {
+    if !a.is_finite() {
+        return None;
+    }
+    if a.rows == 0 {
+        return Some(Vec::new());
+    }
+    let mut values = a.view().self_adjoint_eigenvalues(Side::Lower).ok()?;
+    values.reverse();
+    Some(values)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

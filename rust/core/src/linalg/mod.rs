@@ -9,6 +9,6 @@ mod range;
 mod thin;
 
 pub use matrix::{Matrix, Svd, eigh, svd};
-pub use norms::low_rank_norms;
+pub use norms::{Compared, Product, compare_products, product_norm2};
 pub use range::{Sketch, Sketched, sketch};
-pub use thin::{Tall, ThinSvd, thin_root, thin_svd};
+pub use thin::{Tall, ThinSvd, tall_singular_values, thin_root, thin_svd};

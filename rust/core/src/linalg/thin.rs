@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::matrix::{Matrix, Svd, eigh, svd};
+use super::matrix::{Matrix, Svd, eigenvalues, eigh, svd};
 
 /// Elements that are read at a time.
 const CHUNK: usize = 1 << 17;
@@ -52,6 +52,14 @@ pub(super) fn gram(tall: &dyn Tall) -> Matrix {
     let mut sum = Matrix::zeros(tall.cols(), tall.cols());
     chunks(tall).for_each(|chunk| sum.add_gram(&chunk));
     sum
+}
+
+/// The singular values, largest first, of a tall matrix: the roots of the eigenvalues of its Gram matrix, those above
+/// 1.5e-8 of the largest, below which they would be rounding. `None` for NaN and infinities. Costs rows cols^2 + cols^3.
+pub fn tall_singular_values(tall: &dyn Tall) -> Option<Vec<f64>> {
+    let values = eigenvalues(&gram(tall))?;
+    let least = NOISE * values.first().copied().unwrap_or(0.0).max(0.0).sqrt();
+    Some(values.into_iter().map(|v| v.max(0.0).sqrt()).take_while(|s| *s > least).collect())
 }
 
 /// A square matrix R with R^T R = t^T t, by Householder QR of chunk after chunk, each below the R so far (Demmel et al.
@@ -200,6 +208,18 @@ mod tests {
             let wanted = difference(&b.times(&x).times(&y.times_transpose(&at)), &dense);
             assert!((thin.residual(&x, &y) - wanted).abs() < 1e-9 * wanted);
         }
+    }
+
+    #[test]
+    fn singular_values_of_a_tall_matrix() {
+        let a = noise(90, 7, 4);
+        let (want, have) = (svd(&a).expect("finite").s, tall_singular_values(&a).expect("finite"));
+        assert_eq!(have.len(), 7);
+        want.iter().zip(&have).for_each(|(x, y)| assert!((x - y).abs() < 1e-12 * want[0], "{x} {y}"));
+        let twice = Matrix::from_fn(90, 14, |i, j| a.get(i, j % 7));
+        assert_eq!(tall_singular_values(&twice).expect("finite").len(), 7);
+        assert_eq!(tall_singular_values(&Matrix::zeros(9, 2)), Some(vec![]));
+        assert_eq!(tall_singular_values(&Matrix::new(1, 1, vec![f64::NAN])), None);
     }
 
     #[test]

@@ -1,19 +1,15 @@
 //! Comparing two adapters by what they do, not by how they are written.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::delta::{delta_rows, shape};
-use crate::adapter::{Adapter, ModuleKey};
+use super::compare::{Verdict, alone, compare, ratio};
+use super::place::Place;
+use crate::adapter::{Adapter, ModuleKey, Placed};
 use crate::error::{Code, Error, Result};
-use crate::kind::{Kind, Module, Slot};
-use crate::linalg::low_rank_norms;
-use crate::tensor::Tensor;
-
-/// Rows of a delta that are held at a time, in elements.
-const TILE: usize = 1 << 22;
+use crate::linalg::Compared;
 
 /// One module of a comparison.
 #[derive(Debug, Clone, Serialize)]
@@ -24,6 +20,31 @@ pub struct ModuleDiff {
     pub relative_error: f64,
     /// `equal`, `close`, `differs`, `only-a`, `only-b`, `incomparable`.
     pub state: &'static str,
+    /// Frobenius norm of the first delta; `None` where there is no delta, or one that is not finite.
+    pub norm_a: Option<f64>,
+    /// Frobenius norm of the second delta.
+    pub norm_b: Option<f64>,
+    /// Their inner product over both norms; `None` where one is zero or their sizes differ.
+    pub cosine: Option<f64>,
+}
+
+/// Several modules of a comparison together.
+#[derive(Debug, Clone, Serialize)]
+pub struct GroupDiff {
+    /// The component.
+    pub component: String,
+    /// The block; `None` for what is outside of blocks.
+    pub block: Option<String>,
+    /// Modules of both together.
+    pub modules: usize,
+    /// Root of the sum of the squared norms of the first deltas.
+    pub norm_a: f64,
+    /// The same of the second.
+    pub norm_b: f64,
+    /// Sum of the inner products over both norms; `None` where one is zero.
+    pub cosine: Option<f64>,
+    /// Root of the sum of squared differences, over the larger norm.
+    pub relative_error: f64,
 }
 
 /// A comparison.
@@ -43,8 +64,23 @@ pub struct DiffReport {
     pub modules: usize,
     /// The largest relative error.
     pub max_relative_error: f64,
+    /// Modules with deltas that could be measured: those that the next four numbers are about.
+    pub measured: usize,
+    /// Root of the sum of the squared norms of all deltas of the first.
+    pub norm_a: f64,
+    /// The same of the second.
+    pub norm_b: f64,
+    /// Sum of the inner products over both norms; `None` where one is zero.
+    pub cosine: Option<f64>,
+    /// Root of the sum of squared differences, over the larger norm.
+    pub relative_error: f64,
+    /// The same for each block.
+    pub by_block: Vec<GroupDiff>,
     /// The modules that are not bit for bit the same in effect.
     pub differences: Vec<ModuleDiff>,
+    /// All modules; not in the document unless asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub by_module: Vec<ModuleDiff>,
 }
 
 /// Compares module by module. Both adapters must be of one family.
@@ -59,174 +95,100 @@ pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
     b.ensure_apart()?;
     let keys: BTreeSet<&ModuleKey> = a.modules.keys().chain(b.modules.keys()).collect();
     let keys: Vec<&ModuleKey> = keys.into_iter().collect();
-    let compared: Vec<ModuleDiff> = keys
-        .par_iter()
-        .map(|key| {
-            let (error, state) = match (a.modules.get(key), b.modules.get(key)) {
-                (Some(x), Some(y)) => compare(&x.module, &y.module, tolerance),
-                (Some(x), None) => alone(&x.module, "only-a"),
-                (None, Some(y)) => alone(&y.module, "only-b"),
-                (None, None) => (0.0, "equal"),
-            };
-            ModuleDiff { module: a.display(key), relative_error: error, state }
-        })
-        .collect();
-    let max = compared.iter().map(|m| m.relative_error).fold(0.0, f64::max);
+    let verdicts: Vec<Verdict> =
+        keys.par_iter().filter_map(|key| verdict(a.modules.get(key), b.modules.get(key), tolerance)).collect();
+    let mut all = Sums::default();
+    let mut blocks: BTreeMap<Place, Sums> = BTreeMap::new();
+    let mut modules = Vec::with_capacity(verdicts.len());
+    for (key, verdict) in keys.into_iter().zip(&verdicts) {
+        let placed = a.modules.get(key).or_else(|| b.modules.get(key));
+        let place = placed.map(|p| Place::of(a, key, &p.address));
+        all.add(verdict);
+        place.into_iter().for_each(|p| blocks.entry(p).or_default().add(verdict));
+        modules.push(module(a.display(key), verdict));
+    }
+    let group = |(place, sums): (Place, Sums)| sums.group(place.component(a).to_owned(), place.block);
+    let total = all.group(String::new(), None);
     Ok(DiffReport {
         schema: 1,
         a: a.source.path().to_string_lossy().into_owned(),
         b: b.source.path().to_string_lossy().into_owned(),
-        equal: compared.iter().all(|m| m.relative_error <= tolerance),
+        equal: modules.iter().all(|m| m.relative_error <= tolerance),
         tolerance,
-        modules: compared.len(),
-        max_relative_error: max,
-        differences: compared.into_iter().filter(|m| m.state != "equal").collect(),
+        modules: modules.len(),
+        max_relative_error: modules.iter().map(|m| m.relative_error).fold(0.0, f64::max),
+        measured: all.measured,
+        norm_a: total.norm_a,
+        norm_b: total.norm_b,
+        cosine: total.cosine,
+        relative_error: total.relative_error,
+        by_block: blocks.into_iter().map(group).collect(),
+        differences: modules.iter().filter(|m| m.state != "equal").cloned().collect(),
+        by_module: modules,
     })
 }
 
-/// A module that only one side has is no difference if it does nothing.
-fn alone(module: &Module, state: &'static str) -> (f64, &'static str) {
-    if zero_delta(module) && is_zero(module, Slot::DiffB) { (0.0, "equal") } else { (1.0, state) }
+fn verdict(a: Option<&Placed>, b: Option<&Placed>, tolerance: f64) -> Option<Verdict> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(compare(&a.module, &b.module, tolerance)),
+        (Some(a), None) => Some(alone(&a.module, "only-a")),
+        (None, Some(b)) => Some(alone(&b.module, "only-b")),
+        (None, None) => None,
+    }
 }
 
-fn is_zero(module: &Module, slot: Slot) -> bool {
-    module.get(slot).is_none_or(|t| t.is_zero(0..t.rows(), 0..t.cols()))
+fn module(module: String, verdict: &Verdict) -> ModuleDiff {
+    let numbers = verdict.numbers.as_ref();
+    let norm = |of: fn(&Compared) -> f64| numbers.map(|n| of(n).sqrt()).filter(|n| n.is_finite());
+    ModuleDiff {
+        module,
+        relative_error: verdict.relative_error,
+        state: verdict.state,
+        norm_a: norm(|n| n.a),
+        norm_b: norm(|n| n.b),
+        cosine: numbers.and_then(|n| cosine(n.inner, n.a, n.b)),
+    }
 }
 
-/// Whether the weight is left as it is. A bias by itself is a layer whose delta is zero.
-fn zero_delta(module: &Module) -> bool {
-    let zero_factors = is_zero(module, Slot::Up) || is_zero(module, Slot::Down);
-    module.kind == Kind::Bias || (module.kind == Kind::Lora && !module.is_dora() && zero_factors)
+/// Of an inner product and squared norms. Rounding may lead past 1, the angle may not.
+fn cosine(inner: f64, a: f64, b: f64) -> Option<f64> {
+    let cosine = inner / (a.sqrt() * b.sqrt());
+    cosine.is_finite().then(|| cosine.clamp(-1.0, 1.0))
 }
 
-fn compare(a: &Module, b: &Module, tolerance: f64) -> (f64, &'static str) {
-    let (a, b) = (a.tightened(), b.tightened());
-    let rest = side_tensors(&a, &b);
-    let main = if same_factors(&a, &b) || (zero_delta(&a) && zero_delta(&b)) {
-        Some(0.0)
-    } else if a.kind == Kind::Lora && b.kind == Kind::Lora && a.get(Slot::Mid).is_none() && b.get(Slot::Mid).is_none() {
-        low_rank(&a, &b)
-    } else {
-        dense(&a, &b)
-    };
-    match main.or_else(|| vectors(&a, &b)) {
-        None => (1.0, "incomparable"),
-        Some(error) => {
-            let error = error.max(rest);
-            (
-                error,
-                if error == 0.0 {
-                    "equal"
-                } else if error <= tolerance {
-                    "close"
-                } else {
-                    "differs"
-                },
-            )
+/// Sums over modules.
+#[derive(Default)]
+struct Sums {
+    modules: usize,
+    measured: usize,
+    a: f64,
+    b: f64,
+    difference: f64,
+    inner: f64,
+}
+
+impl Sums {
+    fn add(&mut self, verdict: &Verdict) {
+        self.modules += 1;
+        let finite = |n: &&Compared| n.a.is_finite() && n.b.is_finite();
+        let Some(n) = verdict.numbers.as_ref().filter(finite) else { return };
+        self.measured += 1;
+        self.a += n.a;
+        self.b += n.b;
+        self.difference += n.difference;
+        // Deltas of different sizes have no inner product.
+        self.inner += if n.inner.is_nan() { 0.0 } else { n.inner };
+    }
+
+    fn group(&self, component: String, block: Option<String>) -> GroupDiff {
+        GroupDiff {
+            component,
+            block,
+            modules: self.modules,
+            norm_a: self.a.sqrt(),
+            norm_b: self.b.sqrt(),
+            cosine: cosine(self.inner, self.a, self.b),
+            relative_error: ratio(self.difference, self.a, self.b),
         }
     }
-}
-
-/// Biases and magnitudes: what a module has beside its delta.
-const SIDE: [Slot; 3] = [Slot::DiffB, Slot::Magnitude, Slot::MagnitudeIn];
-
-/// Whether the deltas are equal for having equal factors.
-fn same_factors(a: &Module, b: &Module) -> bool {
-    let factors = |m: &'_ Module| {
-        m.tensors.iter().filter(|(s, _)| !SIDE.contains(s)).map(|(s, t)| (*s, t.clone())).collect::<Vec<_>>()
-    };
-    let (x, y) = (factors(a), factors(b));
-    a.kind == b.kind
-        && a.scale == b.scale
-        && x.len() == y.len()
-        && x.iter().zip(&y).all(|((s, p), (t, q))| s == t && p.same_as(q))
-}
-
-/// Biases and magnitudes, which no delta shows.
-fn side_tensors(a: &Module, b: &Module) -> f64 {
-    SIDE.into_iter().map(|slot| relative(a.get(slot), b.get(slot))).fold(0.0, f64::max)
-}
-
-/// Kinds without a delta: tensor by tensor.
-fn vectors(a: &Module, b: &Module) -> Option<f64> {
-    if a.kind != b.kind || a.scale != b.scale {
-        return None;
-    }
-    let slots: BTreeSet<Slot> = a.tensors.keys().chain(b.tensors.keys()).copied().collect();
-    Some(slots.into_iter().map(|slot| relative(a.get(slot), b.get(slot))).fold(0.0, f64::max))
-}
-
-fn relative(a: Option<&Tensor>, b: Option<&Tensor>) -> f64 {
-    let values = |t: Option<&Tensor>| t.map(Tensor::to_f64).unwrap_or_default();
-    let (mut x, mut y) = (values(a), values(b));
-    let n = x.len().max(y.len());
-    x.resize(n, 0.0);
-    y.resize(n, 0.0);
-    ratio(x.iter().zip(&y).map(|(p, q)| (p - q) * (p - q)).sum::<f64>(), square(&x), square(&y))
-}
-
-fn square(x: &[f64]) -> f64 {
-    x.iter().map(|v| v * v).sum()
-}
-
-/// sqrt(difference) over the larger norm; NaN counts as a full difference.
-fn ratio(difference: f64, a: f64, b: f64) -> f64 {
-    if difference == 0.0 {
-        return 0.0;
-    }
-    let ratio = (difference / a.max(b)).sqrt();
-    if ratio.is_nan() { 1.0 } else { ratio }
-}
-
-/// ||B1 A1 - B2 A2|| through the R factors of [B1, -B2] and [A1; A2]^T: accurate to rounding, never m x n.
-fn low_rank(a: &Module, b: &Module) -> Option<f64> {
-    if shape(a)? != shape(b)? {
-        return Some(1.0);
-    }
-    if let Some(factor) = multiple(a, b) {
-        return Some((1.0 - factor).abs() / factor.abs().max(1.0));
-    }
-    let (m, n) = shape(a)?;
-    let columns = |t: &Tensor, scale: f64| {
-        transpose(&t.to_f64(), t.rows(), t.cols()).iter().map(|v| v * scale).collect::<Vec<f64>>()
-    };
-    let (ups, downs) = (
-        [columns(a.get(Slot::Up)?, a.scale), columns(b.get(Slot::Up)?, -b.scale)],
-        [a.get(Slot::Down)?.to_f64(), b.get(Slot::Down)?.to_f64()],
-    );
-    let (rank_a, rank_b) = (ups[0].len() / m.max(1), ups[1].len() / m.max(1));
-    let groups = [0..rank_a + rank_b, 0..rank_a, rank_a..rank_a + rank_b];
-    let norms = low_rank_norms(m, n, &ups.concat(), &downs.concat(), &groups);
-    Some(ratio(norms[0] * norms[0], norms[1] * norms[1], norms[2] * norms[2]))
-}
-
-/// The number by which b's delta is a multiple of a's, if its factors are exact multiples: as after folding a scale
-/// that is a power of two. Much cheaper than comparing directions.
-fn multiple(a: &Module, b: &Module) -> Option<f64> {
-    let of = |slot: Slot| a.get(slot)?.multiple(b.get(slot)?);
-    let factor = b.scale / a.scale * of(Slot::Up)? * of(Slot::Down)?;
-    factor.is_finite().then_some(factor)
-}
-
-fn transpose(values: &[f64], rows: usize, cols: usize) -> Vec<f64> {
-    (0..rows * cols).map(|i| values[(i % rows) * cols + i / rows]).collect()
-}
-
-fn dense(a: &Module, b: &Module) -> Option<f64> {
-    if shape(a)? != shape(b)? {
-        return Some(1.0);
-    }
-    let (rows, cols) = shape(a)?;
-    let step = (TILE / cols.max(1)).max(1);
-    let (mut difference, mut norm_a, mut norm_b) = (0.0, 0.0, 0.0);
-    let mut row = 0;
-    while row < rows {
-        let end = rows.min(row + step);
-        let (x, y) = (delta_rows(a, row..end)?, delta_rows(b, row..end)?);
-        difference += x.iter().zip(&y).map(|(p, q)| (p - q) * (p - q)).sum::<f64>();
-        norm_a += square(&x);
-        norm_b += square(&y);
-        row = end;
-    }
-    Some(ratio(difference, norm_a, norm_b))
 }

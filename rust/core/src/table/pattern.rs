@@ -152,6 +152,14 @@ impl Template {
         out
     }
 
+    /// The block of an instance: the path up to its first block number, and that number; `None` outside blocks.
+    pub fn block(&self, variables: &[u32]) -> Option<(String, u32)> {
+        let at = self.segments.iter().position(|s| matches!(s, Segment::Digits(Digits::Variable { .. })))?;
+        let Segment::Digits(Digits::Variable { index, .. }) = self.segments[at] else { return None };
+        let head = Self { segments: self.segments[..at].to_vec() };
+        Some((head.render(variables), *variables.get(index)?))
+    }
+
     /// The template as tables write it; `names` are those of the variables.
     pub fn text(&self, names: &[String]) -> String {
         let parts = self.segments.iter().map(|s| match s {
@@ -214,6 +222,7 @@ mod tests {
         assert_eq!(t.matches(&[19, 0], 1), None);
         assert_eq!(t.matches(&[18, 2], 1), None);
         assert_eq!(t.render(&[7]), "double_blocks.7.img_mlp.0");
+        assert_eq!(t.block(&[7]), Some(("double_blocks.".to_owned(), 7)));
         assert!(Template::parse("a.{b}", &blocks, &mut variables).is_err());
     }
 
