@@ -45,8 +45,8 @@ pub(super) fn ranks(report: &ResizeReport, view: &View) -> String {
 }
 
 fn span(report: &ResizeReport, of: impl Fn(&Resized) -> usize) -> String {
-    let ranks = report.modules.iter().map(of);
-    match (ranks.clone().min(), ranks.max()) {
+    let ranks: Vec<usize> = report.modules.iter().map(of).collect();
+    match (ranks.iter().min(), ranks.iter().max()) {
         (Some(low), Some(high)) if low == high => low.to_string(),
         (Some(low), Some(high)) => format!("{low}..{high}"),
         _ => "none".to_owned(),
