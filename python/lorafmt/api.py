@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 from . import _lorafmt, reports
+from ._merging import Merging, choices
 from ._names import Dialect, Dtype, Family, Lossy, Unknown
 from ._sources import fill_numpy, fill_torch, framework_of, native_source, usage_error
 from ._strength import finite as _finite
 from ._strength import strength as _strength
 from .adapter import Adapter
 from .base import BaseLike, native_base
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Layout: TypeAlias = Literal["aligned", "packed"]
 Precision: TypeAlias = Literal["int4", "fp4"]
@@ -233,6 +237,7 @@ def compose(
     widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **merging: Unpack[Merging],
 ) -> Adapter: ...
 
 
@@ -253,6 +258,7 @@ def compose(
     widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **merging: Unpack[Merging],
 ) -> reports.Report: ...
 
 
@@ -272,8 +278,10 @@ def compose(
     widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **merging: Unpack[Merging],
 ) -> reports.Report | Adapter:
-    """Writes several adapters as one: the weighted sum of their deltas, by putting their ranks side by side.
+    """Writes several adapters as one: the weighted sum of their deltas, by putting their ranks side by side, unless
+    another ``method`` is given.
 
     Args:
         loras: sources with their strengths, ``[(src, 0.8), ...]``; a bare source has strength 1. A strength is a number
@@ -281,13 +289,15 @@ def compose(
         dst: the file to write; without it the result is an Adapter whose tensors are computed into memory.
         to, family, base, dtype, unknown, lossy, layout, precision, max_rank, widen, overwrite, progress: as for
             :func:`convert`. LoHa and LoKr are composed as LoRA if that takes at most ``max_rank`` ranks (128).
+        merging: another method than the sum, and fewer ranks: ``method``, ``density``, ``rank`` and so on (see
+            :class:`Merging`). Names of PEFT's ``add_weighted_adapter`` are understood.
 
-    The result is exact: factors are copied, and each number is multiplied and rounded at most once.
+    Without ``merging`` the result is exact: factors are copied, and each number is multiplied and rounded at most once.
 
     Raises:
         LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
     """
-    options = _options(to, None, family, dtype, 1.0, unknown, lossy, layout, precision, max_rank, widen)
+    options = _options(to, None, family, dtype, 1.0, unknown, lossy, layout, precision, max_rank, widen, choices(merging))
     pairs = _pairs(loras)
     behind = native_base(base)
     terms: Terms = [(_native(src, family, None, behind), json.dumps(_strength(strength))) for src, strength in pairs]
@@ -422,6 +432,7 @@ def _options(
     precision: str | None,
     max_rank: int | None,
     widen: int | None,
+    more: Mapping[str, Any] | None = None,
 ) -> str:
     """The keyword arguments as the native module takes them; values of the wrong type are errors here."""
     words = {"to": to, "dtype": dtype, "unknown": unknown, "lossy": lossy, "layout": layout}
@@ -433,7 +444,7 @@ def _options(
     for name, count in counts.items():
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise usage_error(f"`{name}` is {count!r}", "pass a positive whole number")
-    return json.dumps({**words, **optional, **counts, "strength": _finite("strength", strength)})
+    return json.dumps({**words, **optional, **counts, "strength": _finite("strength", strength), **(more or {})})
 
 
 def convert_state_dict(

@@ -17,11 +17,14 @@
 //! output: out.safetensors
 //! dtype: bf16                                   # keep, bf16, fp16, fp32
 //! layout: aligned                               # aligned, packed
+//! method: ties                                  # with `density`, `rule` and so on: see `choices`
+//! rank: 16                                      # or `energy`, `max_error`
 //! ```
 //!
 //! The `model` section of AI-Toolkit's configurations is read too, alone or in a whole job file: `lora_path` with
 //! `lora_weight`, and `lora_paths` of `path` and `weight`.
 
+mod choices;
 mod fields;
 #[cfg(test)]
 mod tests;
@@ -33,6 +36,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result};
+use crate::ops::merge::Choices;
 use crate::strength::Request;
 
 /// Longest text that is read. A recipe is a page; a model named by mistake is not taken into memory.
@@ -85,6 +89,8 @@ pub struct Recipe {
     pub dtype: Option<String>,
     /// The layout of the written file: `aligned` or `packed`.
     pub layout: Option<String>,
+    /// How the adapters become one.
+    pub choices: Choices,
 }
 
 /// One adapter of a recipe.
@@ -94,6 +100,8 @@ pub struct RecipeLora {
     pub path: PathBuf,
     /// How strongly it counts.
     pub strength: Request,
+    /// The share of its elements that a merge rule keeps, where that is not the general one.
+    pub density: Option<f64>,
 }
 
 /// Reads a recipe. Its extension says how it is written, else its content; paths in it start at its folder.

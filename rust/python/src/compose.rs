@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 
 use crate::base::Base;
 use crate::enter::enter;
-use crate::{Adapter, Plan, options, to_json};
+use crate::{Adapter, Plan, choices, options, to_json};
 
 /// Adapters with the JSON of their strengths; a single one without strength is converted as it is.
 type Terms = Vec<(Py<Adapter>, Option<String>)>;
@@ -29,6 +29,10 @@ fn composed<T>(
     work: impl FnOnce(&Composition<'_>, &ConvertOptions) -> Result<T>,
 ) -> Result<T> {
     let mut options = options::parse(json)?;
+    if options.algebra.is_none() {
+        let chosen = serde_json::from_str(json).unwrap_or_default();
+        options.algebra = choices::algebra(&chosen, terms.len())?;
+    }
     options.native = base.map(|b| options::native(json, &b.get().inner, describe)).transpose()?;
     let adapters: Vec<&CoreAdapter> = terms.iter().map(|(a, _)| a.get().sound()).collect::<Result<_>>()?;
     if let ([adapter], [(_, None)]) = (adapters.as_slice(), terms.as_slice()) {

@@ -2,6 +2,7 @@
 //! so Python and the command line cannot drift apart.
 
 mod base;
+mod choices;
 mod compose;
 mod enter;
 mod expand;

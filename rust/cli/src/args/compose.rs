@@ -3,18 +3,20 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{NativeArgs, Places, Writing};
+use super::{MergeArgs, NativeArgs, Places, RankArgs, Writing};
 
 const EXAMPLES: &str = "\
 Examples:
   lorafmt compose style.safetensors:0.8 face.safetensors:0.5 -o both.safetensors
+  lorafmt compose style.safetensors face.safetensors --method svd --rank 16 -o both.safetensors
+  lorafmt compose style.safetensors face.safetensors --method ties --density 0.5 -o both.safetensors
   lorafmt compose --recipe mix.yaml -o mix.safetensors --dry-run
   lorafmt compose --recipe mix.yaml --to nunchaku --base svdq.safetensors";
 
 /// Add up several adapters, each at its strength, in one file
 ///
 /// The output does to the model what all of them do together: its ranks are theirs side by side, so nothing is lost
-/// but what rounding takes. `style.safetensors:0.8` is cut at the last colon if a number follows and no file has the whole name;
+/// but what rounding takes. `--rank` reduces them, and `--method` merges by another rule. `style.safetensors:0.8` is cut at the last colon if a number follows and no file has the whole name;
 /// a strength can be negative. Options for places apply to the adapters of the command line; a recipe has its own.
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
@@ -39,6 +41,10 @@ pub(crate) struct ComposeArgs {
     pub(crate) family: Option<String>,
     #[command(flatten)]
     pub(crate) writing: Writing,
+    #[command(flatten)]
+    pub(crate) merge: MergeArgs,
+    #[command(flatten)]
+    pub(crate) ranks: RankArgs,
     #[command(flatten)]
     pub(crate) places: Places,
     #[command(flatten)]

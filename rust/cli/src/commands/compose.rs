@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use lorafmt_core::adapter::Adapter;
 use lorafmt_core::compose::{Composition, Term, agree};
 use lorafmt_core::convert::{self, ConvertOptions};
+use lorafmt_core::encode::Algebra;
 use lorafmt_core::native::Base;
 use lorafmt_core::recipe::{self, Recipe, split_strength};
 use lorafmt_core::strength::{Request, Strength};
@@ -28,6 +29,8 @@ struct Ingredients {
     inputs: Vec<Input>,
     /// Numbers of files, with strengths.
     terms: Vec<(usize, Request)>,
+    /// Densities of single terms.
+    densities: Vec<Option<f64>>,
 }
 
 pub(super) fn run(args: &ComposeArgs, context: &mut Context) -> Result<ExitStatus> {
@@ -37,6 +40,7 @@ pub(super) fn run(args: &ComposeArgs, context: &mut Context) -> Result<ExitStatu
         _ => e,
     })?;
     let args = &completed(args, recipe.as_ref(), &registry)?;
+    let choices = args.merge.choices(&args.ranks).or(recipe.as_ref().map(|r| r.choices.clone()).unwrap_or_default());
     let ingredients = ingredients(args, recipe)?;
     let output = args.output.as_deref().ok_or_else(|| {
         Error::new(Code::InvalidArgument, "neither the command line nor the recipe names an output")
@@ -49,7 +53,8 @@ pub(super) fn run(args: &ComposeArgs, context: &mut Context) -> Result<ExitStatu
     let base = open_base(&registry, args.native.base.as_deref())?;
     let to = args.to.as_deref().unwrap_or(&registry.dialects[0].name);
     let native = native_options(&args.native, base.as_ref());
-    let options = ConvertOptions { native, ..options(to, args.family.as_ref(), &args.writing) };
+    let algebra = Algebra::of(&choices, ingredients.densities.clone())?;
+    let options = ConvertOptions { native, algebra, ..options(to, args.family.as_ref(), &args.writing) };
     convert::given(&registry, options.family.as_deref(), None)?;
     let found = Found { inputs: vec![Input::new(output)], many: false };
     let hashed = context.out.json;
@@ -103,9 +108,9 @@ fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients
         let hint = "write `text_encoder_strength`, `components`, `blocks` or `block_weights` into the recipe";
         return Err(Error::new(Code::InvalidArgument, message).hint(hint));
     }
-    let mut ingredients = Ingredients { inputs: Vec::new(), terms: Vec::new() };
+    let mut ingredients = Ingredients { inputs: Vec::new(), terms: Vec::new(), densities: Vec::new() };
     for lora in recipe.into_iter().flat_map(|r| r.loras) {
-        ingredients.add(&file(&lora.path), lora.strength);
+        ingredients.add(&file(&lora.path), lora.strength, lora.density);
     }
     for source in &args.sources {
         let (path, number) = split_strength(&typed(source));
@@ -114,19 +119,20 @@ fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients
         if path.as_os_str() == "-" && ingredients.inputs.iter().any(Input::is_stdin) {
             return Err(Error::new(Code::InvalidArgument, "standard input can be read only once"));
         }
-        ingredients.add(&path, strengths::strength(number, &args.places)?);
+        ingredients.add(&path, strengths::strength(number, &args.places)?, None);
     }
     Ok(ingredients)
 }
 
 impl Ingredients {
-    fn add(&mut self, path: &Path, strength: Request) {
+    fn add(&mut self, path: &Path, strength: Request, density: Option<f64>) {
         let known = self.inputs.iter().position(|i| i.path == path);
         let number = known.unwrap_or_else(|| {
             self.inputs.push(Input::new(path));
             self.inputs.len() - 1
         });
         self.terms.push((number, strength));
+        self.densities.push(density);
     }
 }
 

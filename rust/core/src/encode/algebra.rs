@@ -3,8 +3,8 @@
 use super::{Encoder, Spelled};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Slot};
-use crate::ops::merge::MergeOptions;
-use crate::ops::resize::{Item, Method, Problem, Resize};
+use crate::ops::merge::{Choices, MergeOptions, Way};
+use crate::ops::resize::{Item, Method, Problem, Resize, Target};
 use crate::tensor::Tensor;
 
 /// What is done to every module of the target.
@@ -17,6 +17,25 @@ pub struct Algebra {
 }
 
 impl Algebra {
+    /// What somebody chose for a composition, with a density for each term that has one of its own.
+    pub fn of(choices: &Choices, densities: Vec<Option<f64>>) -> Result<Self> {
+        let wrong = |message: &str, hint: &str| Err(Error::new(Code::InvalidArgument, message).hint(hint));
+        match (choices.way, choices.rank) {
+            (Some(Way::Svd), None) => return wrong("`svd` needs a rank", "give a rank, an energy or a largest error"),
+            (Some(Way::Cat), Some(_)) => return wrong("`cat` keeps all ranks", "leave the rank out, or choose `svd`"),
+            _ => {}
+        }
+        let resize = choices.rank.map(|rule| Resize {
+            methods: vec![Method::Svd],
+            target: Target::Rule(rule),
+            places: Vec::new(),
+            seed: choices.seed.unwrap_or(0),
+        });
+        let algebra = Self { merge: choices.options(densities)?, resize };
+        algebra.check()?;
+        Ok(algebra)
+    }
+
     /// Whether nothing is done.
     pub fn is_none(&self) -> bool {
         self.resize.is_none() && self.merge.is_none()

@@ -4,13 +4,15 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::tree::{Entry, Node, Value};
-use super::{Fault, Found, Recipe, RecipeLora, split_unless};
+use super::{Fault, Found, Recipe, RecipeLora, choices, split_unless};
+use crate::ops::merge::Choices;
 use crate::strength::{Request, Selector, Strength, Weights};
 use crate::table::edit_distance;
 
 /// The keys of each mapping. `job`, `config` and `meta` are those of a whole job file.
 const RECIPE: &[&str] = &["loras", "to", "base", "output", "dtype", "layout", "model", "job", "config", "meta"];
-const LORA: &[&str] = &["path", "strength", "text_encoder_strength", "components", "blocks", "block_weights"];
+const LORA: &[&str] =
+    &["path", "strength", "text_encoder_strength", "components", "blocks", "block_weights", "density"];
 const MODEL: &[&str] = &["lora_path", "lora_weight", "lora_paths"];
 const MODEL_LORA: &[&str] = &["path", "weight"];
 /// Options of `model` that are none of ours, one a line.
@@ -26,14 +28,22 @@ const LONGEST_KEY: usize = 100;
 /// The recipe that a tree says. Paths in it start at `folder`, if one is given.
 pub(super) fn recipe(root: &Node, folder: Option<&Path>) -> Found<Recipe> {
     let mut read = Reader { folder, loras: Vec::new() };
-    let mut recipe = Recipe { loras: Vec::new(), to: None, base: None, output: None, dtype: None, layout: None };
+    let mut recipe = Recipe {
+        loras: Vec::new(),
+        to: None,
+        base: None,
+        output: None,
+        dtype: None,
+        layout: None,
+        choices: Choices::default(),
+    };
     if let Value::List(items) = &root.value {
         read.loras(items)?;
     } else {
         let top = map(root, "a recipe")?;
         let job = get(top, "job")?.is_some() || get(top, "config")?.is_some();
         if !job {
-            check_keys(top, "a recipe", RECIPE)?;
+            check_keys(top, "a recipe", &[RECIPE, choices::KEYS].concat())?;
         }
         if let Some(node) = get(top, "loras")? {
             read.loras(list(node, "`loras`")?)?;
@@ -49,6 +59,7 @@ pub(super) fn recipe(root: &Node, folder: Option<&Path>) -> Found<Recipe> {
         recipe.output = get(top, "output")?.map(|node| read.path(node, "`output`")).transpose()?;
         recipe.dtype = option(top, "dtype", DTYPES)?;
         recipe.layout = option(top, "layout", LAYOUTS)?;
+        recipe.choices = choices::read(top)?;
     }
     if read.loras.is_empty() {
         return Err(Fault::new(root.at, "the recipe names no LoRA"));
@@ -80,7 +91,7 @@ impl Reader<'_> {
         let exists = |path: &Path| self.folder.is_some_and(|folder| folder.join(path).exists());
         let (path, strength) = split_unless(text.as_ref(), exists);
         let strength = Request::from(finite(node, strength, || format!("the strength of `{}`", path.display()))?);
-        Ok(RecipeLora { path: self.resolve(node, path, "the path of a LoRA")?, strength })
+        Ok(RecipeLora { path: self.resolve(node, path, "the path of a LoRA")?, strength, density: None })
     }
 
     fn lora(&self, node: &Node, entries: &[Entry]) -> Found<RecipeLora> {
@@ -106,7 +117,8 @@ impl Reader<'_> {
             }
         }
         let weights = get(entries, "block_weights")?.map(|node| weights(node, name)).transpose()?;
-        Ok(RecipeLora { path, strength: Request { plain: strength, weights, scales: Vec::new() } })
+        let density = number(entries, "density", name)?;
+        Ok(RecipeLora { path, strength: Request { plain: strength, weights, scales: Vec::new() }, density })
     }
 
     /// The `model` section of one of AI-Toolkit's configurations.
@@ -120,7 +132,7 @@ impl Reader<'_> {
             (Some(node), _) => {
                 let path = self.path(node, "`lora_path`")?;
                 let strength = number(entries, "lora_weight", text(node, "`lora_path`")?)?.unwrap_or(1.0).into();
-                self.loras.push(RecipeLora { path, strength });
+                self.loras.push(RecipeLora { path, strength, density: None });
             }
             (None, Some(weight)) => return Err(Fault::new(weight.at, "`lora_weight` without a `lora_path`")),
             (None, None) => {}
@@ -131,7 +143,7 @@ impl Reader<'_> {
             check_keys(entries, "an entry of `lora_paths`", MODEL_LORA)?;
             let (path, name) = self.named(item, entries)?;
             let strength = number(entries, "weight", name)?.unwrap_or(1.0).into();
-            self.loras.push(RecipeLora { path, strength });
+            self.loras.push(RecipeLora { path, strength, density: None });
         }
         Ok(())
     }
@@ -198,7 +210,7 @@ fn check_keys(entries: &[Entry], what: &str, known: &[&str]) -> Found<()> {
 }
 
 /// The value of a key; nothing where it is null.
-fn get<'a>(entries: &'a [Entry], key: &str) -> Found<Option<&'a Node>> {
+pub(super) fn get<'a>(entries: &'a [Entry], key: &str) -> Found<Option<&'a Node>> {
     let mut found = entries.iter().filter(|entry| entry.key == key);
     let first = found.next();
     match found.next() {
@@ -235,7 +247,7 @@ fn list<'a>(node: &'a Node, what: &str) -> Found<&'a [Node]> {
     }
 }
 
-fn text<'a>(node: &'a Node, what: &str) -> Found<&'a str> {
+pub(super) fn text<'a>(node: &'a Node, what: &str) -> Found<&'a str> {
     match &node.value {
         Value::Text(text) => Ok(text),
         _ => Err(wrong(node, what, "text, in quotes")),
@@ -256,7 +268,7 @@ fn number(entries: &[Entry], key: &str, name: &str) -> Found<Option<f64>> {
     get(entries, key)?.map(|node| numeric(node, || format!("`{key}` of `{name}`"))).transpose()
 }
 
-fn numeric(node: &Node, what: impl Fn() -> String) -> Found<f64> {
+pub(super) fn numeric(node: &Node, what: impl Fn() -> String) -> Found<f64> {
     match node.value {
         Value::Number(number) => finite(node, number, what),
         _ => Err(wrong(node, &what(), "a number")),
@@ -270,7 +282,7 @@ fn finite(node: &Node, number: f64, what: impl Fn() -> String) -> Found<f64> {
     Err(Fault::new(node.at, format!("{} is {number}, which is no finite number", what())))
 }
 
-fn wrong(node: &Node, what: &str, wanted: &str) -> Fault {
+pub(super) fn wrong(node: &Node, what: &str, wanted: &str) -> Fault {
     Fault::new(node.at, format!("{what} is {}; it must be {wanted}", shown(node)))
 }
 
@@ -286,7 +298,7 @@ fn shown(node: &Node) -> String {
     }
 }
 
-fn either(known: &[&str]) -> String {
+pub(super) fn either(known: &[&str]) -> String {
     let quoted: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
     match quoted.split_last() {
         Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),

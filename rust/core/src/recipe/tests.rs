@@ -92,8 +92,16 @@ fn what_is_left_out_has_a_default() {
         ["loras:\n- path: a\n", "- a", "[a]", "- {path: a, strength: ~}", "\u{feff}- a\r\n", "loras: [a]\nto:\n"]
     {
         let recipe = yaml(text);
-        let loras = vec![RecipeLora { path: "a".into(), strength: 1.0.into() }];
-        let bare = Recipe { loras, to: None, base: None, output: None, dtype: None, layout: None };
+        let loras = vec![RecipeLora { path: "a".into(), strength: 1.0.into(), density: None }];
+        let bare = Recipe {
+            loras,
+            to: None,
+            base: None,
+            output: None,
+            dtype: None,
+            layout: None,
+            choices: Default::default(),
+        };
         assert_eq!(recipe, bare, "{text}");
     }
     assert_eq!(parse(r#"["a", {"path": "b"}]"#, None).map(|r| r.loras.len()).ok(), Some(2));
@@ -337,9 +345,9 @@ fn files_are_read_from_their_folder() {
     let path = file("recipe.YML", text.as_bytes());
     let recipe = read(&path).expect("valid");
     let at = |name: &str| folder.path().join(name);
-    assert_eq!(recipe.loras[0], RecipeLora { path: at("a"), strength: 2.0.into() });
+    assert_eq!(recipe.loras[0], RecipeLora { path: at("a"), strength: 2.0.into(), density: None });
     #[cfg(unix)]
-    assert_eq!(recipe.loras[1], RecipeLora { path: at("b:2"), strength: 1.0.into() });
+    assert_eq!(recipe.loras[1], RecipeLora { path: at("b:2"), strength: 1.0.into(), density: None });
     assert_eq!(recipe.loras[2].path, Path::new(absolute));
     assert_eq!((recipe.base, recipe.output), (Some(at("sub/c")), Some(at("d"))));
     // The extension says what it is; without a known one the content does.

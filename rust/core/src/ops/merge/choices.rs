@@ -2,6 +2,7 @@
 
 use super::options::{MergeOptions, Method, Rule, Sign, Space};
 use crate::error::{Code, Error, Result};
+use crate::ops::resize::RankRule;
 
 /// What becomes of several adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -52,6 +53,8 @@ pub struct Choices {
     pub gamma: Option<f64>,
     pub lambda: Option<f64>,
     pub seed: Option<u64>,
+    /// Fewer ranks at the end.
+    pub rank: Option<RankRule>,
 }
 
 impl Choices {
@@ -86,6 +89,7 @@ impl Choices {
             gamma: self.gamma.or(other.gamma),
             lambda: self.lambda.or(other.lambda),
             seed: self.seed.or(other.seed),
+            rank: self.rank.or(other.rank),
         }
     }
 
