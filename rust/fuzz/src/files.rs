@@ -78,6 +78,7 @@ fn options(decisions: &mut Decisions<'_>) -> EncodeOptions {
         max_rank: *decisions.pick(&[None, Some(16)]),
         width: None,
         native: None,
+        algebra: Default::default(),
         unknown: *decisions.pick(&[Unknown::Drop, Unknown::Keep]),
         lossy: decisions.once_in(2),
         sidecar: decisions.once_in(2),

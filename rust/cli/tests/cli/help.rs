@@ -1,7 +1,21 @@
 use crate::common::{Place, command, ran};
 
-const COMMANDS: [&str; 11] =
-    ["inspect", "detect", "check", "convert", "compose", "scale", "diff", "sample", "formats", "completions", "man"];
+const COMMANDS: [&str; 14] = [
+    "inspect",
+    "detect",
+    "check",
+    "convert",
+    "compose",
+    "resize",
+    "normalize",
+    "expand",
+    "scale",
+    "diff",
+    "sample",
+    "formats",
+    "completions",
+    "man",
+];
 
 #[test]
 fn help_of_lorafmt() {
@@ -46,7 +60,7 @@ fn examples_are_understood() {
 #[test]
 fn what_comes_later_is_not_advertised() {
     let help = Place::new().ok(&["--help"]).out;
-    for later in ["resize", "fuse", "extract", "batch", "report", "quantize", "hf://", "s3://"] {
+    for later in ["batch", "report", "quantize", "hf://", "s3://"] {
         assert!(!help.lines().any(|l| l.split_whitespace().any(|word| word == later)), "{later}");
     }
 }
