@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::dtype::{Dtype, f8e4m3_to_f32, f8e5m2_to_f32, read_f64, round_bf16};
+use crate::dtype::{Dtype, f8e4m3_to_f32, f8e5m2_to_f32, odd_f32, read_f64, round_bf16, round_f16};
 
 /// What happened to values on their way into another type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -96,14 +96,14 @@ fn convert_f64(from: Dtype, source: &[u8], scale: f64, to: Dtype, target: &mut [
             }
             // Straight from float64, so that there is one rounding.
             Dtype::F16 => {
-                let rounded = f16::from_f64(scaled);
+                let rounded = round_f16(scaled);
                 o.copy_from_slice(&rounded.to_le_bytes());
                 rounded.to_f64()
             }
             Dtype::BF16 => {
-                let rounded = bf16::from_f64(scaled);
+                let rounded = round_bf16(odd_f32(scaled));
                 o.copy_from_slice(&rounded.to_le_bytes());
-                rounded.to_f64()
+                bf16::from_bits(rounded).to_f64()
             }
             _ => f64::from(store(scaled as f32, to, o)),
         };

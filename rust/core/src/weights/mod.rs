@@ -5,9 +5,15 @@
 
 mod checkpoint;
 mod files;
+mod fuse;
 mod names;
+mod output;
+mod round;
+mod undo;
 
 pub use checkpoint::Checkpoint;
+pub use fuse::{CheckpointReport, FuseOptions, FuseReport, FusedTensor, UndoReport, Written, fuse};
+pub use undo::{UnfuseOptions, UnfuseReport, unfuse};
 
 #[cfg(test)]
 mod tests;
