@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, overload
 
 from . import _lorafmt, reports
 from ._names import Dialect, Dtype, Family, Lossy, Unknown
 from ._sources import fill_numpy, fill_torch, framework_of, native_source, usage_error
+from ._strength import finite as _finite
+from ._strength import strength as _strength
 from .adapter import Adapter
 from .base import BaseLike, native_base
 
@@ -30,11 +31,18 @@ Terms: TypeAlias = "list[tuple[_lorafmt.Adapter, str | None]]"
 Progress: TypeAlias = Callable[[int, int], object]
 
 
+#: Factors as nested as the model's modules: a number for all that is below, a list with one entry for each numbered
+#: block, or a mapping by name. What is not named stays as it is.
+Scales: TypeAlias = "float | Sequence[Scales] | Mapping[str, Scales] | Mapping[int, Scales]"
+
 #: How strongly an adapter counts: a number, or numbers by place. Of a mapping, the key ``"*"`` is for everything (1
 #: without it), ``"text_encoders"`` for all components but the main one, a component's name (``"transformer"``,
 #: ``"text_encoder"``) for that component; every other key is a selector of modules (``"transformer_blocks.0-9"``,
-#: ``"**.attn"``) whose factor is multiplied with those.
-Strength: TypeAlias = "float | Mapping[str, float]"
+#: ``"**.attn"``) whose factor is multiplied with those. ``"blocks"`` with a preset (``"ALL0.5"``) or a list of numbers
+#: is block weights. A component can have nested scales in place of a number, as in diffusers' ``set_adapters``:
+#: ``{"transformer": {"transformer_blocks": {"0": 0.5}, "single_transformer_blocks": [1, 0.8, ...]}}``. Of several that
+#: are for a module, selectors count before nested scales, and those before block weights.
+Strength: TypeAlias = "float | Mapping[str, float | str | Sequence[float] | Scales]"
 
 
 def _native(
@@ -368,34 +376,6 @@ def _pair(lora: Any) -> tuple[Any, Any]:
             return lora[0], lora[1]
         raise usage_error(f"a LoRA to compose has {len(lora)} parts", "pass (source, strength) pairs")
     return lora, 1.0
-
-
-def _strength(strength: Any, factor: float = 1.0) -> float | dict[str, Any]:
-    """A strength as the native module takes it."""
-
-    def times(name: str, value: Any) -> float:
-        return _finite(name, _finite(name, value) * factor)
-
-    if not isinstance(strength, Mapping):
-        return times("strength", strength)
-    places = {name: _finite(f"strength[{name!r}]", value) for name, value in strength.items()}
-    out: dict[str, Any] = {"strength": times("strength", places.pop("*", 1.0))}
-    if "text_encoders" in places:
-        out["text_encoder_strength"] = times("text_encoders", places.pop("text_encoders"))
-    names = places.keys() & set(_lorafmt.components())
-    out["components"] = {name: times(name, places[name]) for name in places if name in names}
-    out["blocks"] = {name: places[name] for name in places if name not in names}
-    return out
-
-
-def _finite(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, str) or not math.isfinite(number):
-        raise usage_error(f"`{name}` is {value!r}", "pass a finite number")
-    return number
 
 
 def _run(

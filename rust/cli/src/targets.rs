@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use lorafmt_core::{Code, Error, Result};
 
-use crate::args::ConvertArgs;
 use crate::sources::{Found, Input};
 
 /// Where one result goes.
@@ -20,14 +19,14 @@ fn usage(message: impl Into<String>, hint: &str) -> Error {
 }
 
 /// One goal for each input, all different and none of them an input.
-pub(crate) fn choose(args: &ConvertArgs, found: &Found, dialect: &str) -> Result<Vec<Goal>> {
-    let goals: Vec<Goal> = match &args.output {
+pub(crate) fn choose(output: Option<&Path>, out_dir: Option<&Path>, found: &Found, ending: &str) -> Result<Vec<Goal>> {
+    let goals: Vec<Goal> = match output {
         Some(_) if found.inputs.len() > 1 => {
             let hint = "use `--out-dir DIR` instead of `-o`";
             return Err(usage(format!("one output for {} sources", found.inputs.len()), hint));
         }
         Some(path) => found.inputs.iter().map(|_| explicit(path)).collect::<Result<_>>()?,
-        None => found.inputs.iter().map(|i| by_name(i, args.out_dir.as_deref(), dialect)).collect::<Result<_>>()?,
+        None => found.inputs.iter().map(|i| by_name(i, out_dir, ending)).collect::<Result<_>>()?,
     };
     refuse_collisions(found.inputs.iter().zip(&goals))?;
     Ok(goals)

@@ -253,27 +253,35 @@ impl<'a> Ledger<'a> {
         }
     }
 
-    /// A module of a term at its strength, with its tensors numbered over all sources. `None` if that is zero, or if
-    /// the module was left out.
-    pub(crate) fn strengthened(&mut self, term: usize, key: &ModuleKey, placed: &Placed) -> Result<Option<Module>> {
-        let Term { adapter, start, .. } = &self.composition.terms[term];
+    /// A module of a term without its strength, and that; with its tensors numbered over all sources. `None` if it is
+    /// zero. What a strength does not change has one of 1.
+    pub(crate) fn weighed(&mut self, term: usize, key: &ModuleKey, placed: &Placed) -> Option<(Module, f64)> {
+        let start = self.composition.terms[term].start;
         let own = self.composition.terms[term].strength_of(key);
         let mut module = placed.module.clone();
         module.inputs.iter_mut().for_each(|i| *i += start);
         if own == 0.0 && self.composition.skips_zero {
             self.zero[term] += 1;
             self.mark(&module, Fate::Dropped);
-            return Ok(None);
+            return None;
         }
         let strength = own * self.strength;
         if module.kind == Kind::Set && strength != 1.0 {
             self.unscaled[term] += 1;
-            return Ok(Some(module));
+            return Some((module, 1.0));
         }
+        Some((module, strength))
+    }
+
+    /// A module of a term at its strength, with its tensors numbered over all sources. `None` if that is zero, or if
+    /// the module was left out.
+    pub(crate) fn strengthened(&mut self, term: usize, key: &ModuleKey, placed: &Placed) -> Result<Option<Module>> {
+        let Some((module, strength)) = self.weighed(term, key, placed) else { return Ok(None) };
         match module.strengthened(strength) {
             Ok(module) => Ok(Some(module)),
             Err(Refusal(reason)) => {
-                self.lose(Code::UnsupportedStrength, &adapter.display(key), &module, &reason)?;
+                let name = self.composition.terms[term].adapter.display(key);
+                self.lose(Code::UnsupportedStrength, &name, &module, &reason)?;
                 Ok(None)
             }
         }
@@ -297,23 +305,28 @@ impl<'a> Ledger<'a> {
         let terms = &self.composition.terms;
         let mut selectors: Vec<&Selector> = Vec::new();
         for (selector, _) in terms.iter().flat_map(|t| &t.strength.blocks) {
-            if !selectors.contains(&selector) {
+            if !selector.is_of_table() && !selectors.contains(&selector) {
                 selectors.push(selector);
             }
         }
         for selector in selectors {
-            let hit = |t: &Term<'_>| {
-                t.adapter
-                    .modules
-                    .keys()
-                    .any(|k| selector.matches(&t.adapter.component(k.component).name, k.component == 0, &k.path))
-            };
-            if !terms.iter().any(hit) {
-                let detail = format!("`{selector}` matches no module");
-                self.warnings.push(Warning::new("unmatched-selector", None, detail));
-            }
+            self.note_unmatched(selector);
         }
         self.note_repeated();
+    }
+
+    /// A selector that names nothing is worth a word.
+    pub(crate) fn note_unmatched(&mut self, selector: &Selector) {
+        let hit = |t: &Term<'_>| {
+            t.adapter
+                .modules
+                .keys()
+                .any(|k| selector.matches(&t.adapter.component(k.component).name, k.component == 0, &k.path))
+        };
+        if !self.composition.terms.iter().any(hit) {
+            let detail = format!("`{selector}` matches no module");
+            self.warnings.push(Warning::new("unmatched-selector", None, detail));
+        }
     }
 
     /// The same file twice is allowed, and worth a word.

@@ -10,14 +10,14 @@ use crate::compose::{Composition, Term, Unknown};
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::dtype::Dtype;
-use crate::encode::{EncodeOptions, encode};
+use crate::encode::{Algebra, EncodeOptions, encode};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing, write_file, write_to};
 use crate::kind::Kind;
 use crate::native::{Base, NativeOptions};
 use crate::plan::Plan;
 use crate::report::{Report, SourceReport, TargetReport, Warning};
-use crate::table::{AlphaPolicy, Registry};
+use crate::table::{AlphaPolicy, Dialect, Registry};
 
 /// What a conversion is asked to do.
 #[derive(Debug, Clone)]
@@ -42,6 +42,8 @@ pub struct ConvertOptions {
     pub width: Option<usize>,
     /// The quantized base, for dialects that are written behind one (see [`EncodeOptions::native`]).
     pub native: Option<NativeOptions>,
+    /// What is done to every module before it is written (see [`EncodeOptions::algebra`]).
+    pub algebra: Algebra,
 }
 
 impl Default for ConvertOptions {
@@ -57,6 +59,7 @@ impl Default for ConvertOptions {
             max_rank: None,
             width: None,
             native: None,
+            algebra: Algebra::default(),
         }
     }
 }
@@ -109,8 +112,40 @@ pub fn plan(composition: &Composition<'_>, options: &ConvertOptions, sidecar: bo
         max_rank: options.max_rank,
         width: options.width,
         native: options.native.clone(),
+        algebra: options.algebra.clone(),
     };
-    encode(composition, &encode_options).map_err(|e| e.at(adapter.source.path()))
+    let native = adapter.registry.dialects[dialect].native(adapter.family).is_some();
+    match native && !options.algebra.is_none() {
+        true => in_two_steps(composition, &encode_options),
+        false => encode(composition, &encode_options),
+    }
+    .map_err(|e| e.at(adapter.source.path()))
+}
+
+/// Branches behind a base are made of adapters as they are: what changes modules is done before, in memory.
+fn in_two_steps(composition: &Composition<'_>, options: &EncodeOptions) -> Result<Plan> {
+    let first = composition.first();
+    let plain = |d: &&Dialect| d.writes(first.family) && d.native(first.family).is_none();
+    let dialect = first.registry.dialects.iter().position(|d| plain(&d)).ok_or_else(|| {
+        Error::new(Code::UnsupportedTarget, format!("no dialect can hold {} meanwhile", first.family_table().name))
+    })?;
+    let changed = encode(composition, &EncodeOptions { dialect, native: None, ..options.clone() })?;
+    let mut bytes = Vec::new();
+    write_to(&mut bytes, &Layout::of(&changed), &Control::default())?;
+    let names: Vec<&str> = composition.terms().iter().map(|t| t.name.as_str()).collect();
+    let source = Source::from_bytes(Path::new(&names.join("+")), Box::new(bytes))?;
+    let given = Given { family: Some(first.family), ..Given::default() };
+    let adapter = decode(&first.registry, &Arc::new(source), &given)?;
+    let second = EncodeOptions { algebra: Algebra::default(), strength: 1.0, ..options.clone() };
+    let mut plan = encode(&Composition::of(&adapter), &second)?;
+    // The inputs are those of the first step; all of what it made is used in the second, or that has failed.
+    plan.fates = changed.fates;
+    plan.alpha = changed.alpha;
+    plan.fidelity = plan.fidelity.max(changed.fidelity);
+    plan.rounding = plan.rounding.max(changed.rounding);
+    plan.warnings.splice(0..0, changed.warnings);
+    (plan.merge, plan.resize) = (changed.merge, changed.resize);
+    Ok(plan)
 }
 
 /// Writes a composition. The report's time does not include opening the sources, and their hashes are left open.
@@ -182,6 +217,8 @@ pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: 
         alpha: plan.alpha,
         fidelity: plan.fidelity,
         max_relative_error: plan.rounding,
+        resize: plan.resize.clone(),
+        merge: plan.merge.clone(),
         warnings: plan.warnings.clone(),
         seconds: 0.0,
     }

@@ -1,9 +1,13 @@
 //! From the canonical adapter to the keys of a dialect.
 
+mod algebra;
+mod merge;
 mod peft;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+
+pub use algebra::Algebra;
 
 use crate::adapter::{Adapter, Address, ModuleKey};
 use crate::compose::{Composition, Ledger, Unknown};
@@ -12,8 +16,10 @@ use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Refusal, Slot};
 use crate::meta;
 use crate::native::{Assembled, NativeOptions, assemble, entry_name};
+use crate::ops::merge::MergedModule;
+use crate::ops::resize::ResizeReport;
 use crate::plan::{Fate, Output, Plan};
-use crate::report::Warning;
+use crate::report::{Fidelity, Warning};
 use crate::table::pattern::{Template, Variables};
 use crate::table::{AlphaPolicy, Dialect, Op, Place, Row};
 use crate::tensor::Tensor;
@@ -41,18 +47,23 @@ pub struct EncodeOptions {
     pub width: Option<usize>,
     /// For dialects of quantized models: the base, and how its branches are continued.
     pub native: Option<NativeOptions>,
+    /// What is done to every module before it is written.
+    pub algebra: Algebra,
 }
 
 /// The highest rank of a plain form that nobody asked for.
 pub const MAX_RANK: usize = 128;
 
 /// A module on its way into the dialect: named, fused and folded.
+#[derive(Clone)]
 struct Spelled<'a> {
     place: &'a Place,
     /// Whose suffixes it gets: the target's own, or those that its table names for a carried component.
     dialect: &'a Dialect,
     row: &'a Row,
     path: String,
+    /// The canonical modules that it is made of.
+    keys: Vec<ModuleKey>,
     module: Module,
     /// Whether the scale is left to the configuration file.
     configured: bool,
@@ -75,12 +86,29 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
         }
     }
     let ledger = Ledger::new(composition, dialect, options.lossy, options.strength);
-    let mut encoder = Encoder { adapter, dialect, options, ledger, widened: Vec::new(), branches: None };
+    options.algebra.check()?;
+    let mut encoder = Encoder {
+        adapter,
+        dialect,
+        options,
+        ledger,
+        widened: Vec::new(),
+        branches: None,
+        resized: None,
+        merged: Vec::new(),
+    };
     let mut spelled = Vec::new();
     for component in 0..adapter.family_table().components.len() {
         spelled.extend(encoder.component(component)?);
     }
-    encoder.finish(spelled)
+    encoder.resize(&mut spelled)?;
+    let mut finished = Vec::with_capacity(spelled.len());
+    for component in spelled.chunk_by(|a, b| a.place.component == b.place.component) {
+        let mut component: Vec<_> = component.iter().map(|s| encoder.fold(s.clone())).collect();
+        encoder.make_uniform(&mut component)?;
+        finished.append(&mut component);
+    }
+    encoder.finish(finished)
 }
 
 /// A canonical module of one term, at its strength.
@@ -89,6 +117,8 @@ pub(crate) struct Member<'a> {
     pub(crate) key: &'a ModuleKey,
     pub(crate) address: &'a Address,
     pub(crate) module: Module,
+    /// The strength, where it is not in the module yet.
+    pub(crate) weight: f64,
 }
 
 /// Canonical modules that make one module of the target, term by term.
@@ -103,6 +133,23 @@ struct Goal<'a> {
     members: Members<'a>,
 }
 
+/// A module of the target, as each term has it.
+struct Draft<'a> {
+    row: &'a Row,
+    path: String,
+    /// The canonical modules that it is made of.
+    keys: Vec<ModuleKey>,
+    terms: Vec<Joined>,
+}
+
+/// What one term makes under the name of a module of the target.
+struct Joined {
+    term: usize,
+    module: Module,
+    /// The strength, where it is not in the module yet.
+    weight: f64,
+}
+
 struct Encoder<'a> {
     /// The first adapter: the tables and the family are those of all.
     adapter: &'a Adapter,
@@ -113,6 +160,10 @@ struct Encoder<'a> {
     widened: Vec<String>,
     /// The branches of a quantized model.
     branches: Option<Assembled>,
+    /// What happened to ranks.
+    resized: Option<ResizeReport>,
+    /// What happened to merged modules.
+    merged: Vec<MergedModule>,
 }
 
 impl<'a> Encoder<'a> {
@@ -134,31 +185,56 @@ impl<'a> Encoder<'a> {
         };
         let dialect = self.speller(place);
         let mut spelled = Vec::new();
+        let mut drafts = Vec::new();
         for Goal { row, part, variables, members } in self.targets(place, modules)? {
-            let key = members[0].key;
-            let Some(module) = self.join_all(place, dialect, row, members)? else { continue };
+            let mut keys: Vec<ModuleKey> = members.iter().map(|m| m.key.clone()).collect();
+            keys.dedup();
             let path = match part {
                 Some(part) => row.canonical[part].render(&variables),
                 None => row.names[place.namespace].as_ref().expect("targets only gives named rows").render(&variables),
             };
-            let reason = self.unspellable(dialect, row, &module).or_else(|| self.stops(place, &module));
-            if let Some(reason) = reason {
-                self.lose(Code::UnsupportedKind, key, &module, &reason)?;
-                continue;
+            let terms = self.join_terms(place, dialect, row, members)?;
+            let draft = Draft { row, path, keys, terms };
+            if self.options.algebra.merge.is_some() {
+                drafts.push(draft);
+            } else if let Some(module) = self.add_up(&draft)? {
+                spelled.extend(self.spell(place, dialect, draft, module)?);
             }
-            spelled.push(self.fold(Spelled { place, dialect, row, path, module, configured: false }));
         }
-        self.make_uniform(&mut spelled)?;
+        for (draft, module) in self.merge(place, drafts)? {
+            spelled.extend(self.spell(place, dialect, draft, module)?);
+        }
         Ok(spelled)
     }
 
-    /// The modules of one component of all terms, at their strengths.
+    /// A module under its name, unless the dialect cannot spell it.
+    fn spell(
+        &mut self,
+        place: &'a Place,
+        dialect: &'a Dialect,
+        draft: Draft<'a>,
+        module: Module,
+    ) -> Result<Option<Spelled<'a>>> {
+        let Draft { row, path, keys, .. } = draft;
+        let reason = self.unspellable(dialect, row, &module).or_else(|| self.stops(place, &module));
+        if let Some(reason) = reason {
+            self.lose(Code::UnsupportedKind, &keys[0], &module, &reason)?;
+            return Ok(None);
+        }
+        Ok(Some(Spelled { place, dialect, row, path, keys, module, configured: false }))
+    }
+
+    /// The modules of one component of all terms: at their strengths, unless a rule wants those apart.
     fn members(&mut self, component: usize) -> Result<Members<'a>> {
         let mut members = Vec::new();
         for (term, t) in self.ledger.composition.terms().iter().enumerate() {
             for (key, placed) in t.adapter.modules.iter().filter(|(key, _)| key.component == component) {
-                if let Some(module) = self.ledger.strengthened(term, key, placed)? {
-                    members.push(Member { term, key, address: &placed.address, module });
+                let weighed = match self.options.algebra.merge {
+                    Some(_) => self.ledger.weighed(term, key, placed),
+                    None => self.ledger.strengthened(term, key, placed)?.map(|module| (module, 1.0)),
+                };
+                if let Some((module, weight)) = weighed {
+                    members.push(Member { term, key, address: &placed.address, module, weight });
                 }
             }
         }
@@ -213,14 +289,14 @@ impl<'a> Encoder<'a> {
         Some((row, rows[row].canonical.iter().position(|t| t == template).filter(|_| canonical)))
     }
 
-    /// The one module that all terms make together.
-    fn join_all(
+    /// What every term makes of its members.
+    fn join_terms(
         &mut self,
         place: &Place,
         dialect: &Dialect,
         row: &'a Row,
         members: Members<'a>,
-    ) -> Result<Option<Module>> {
+    ) -> Result<Vec<Joined>> {
         let key = members[0].key;
         let mut terms: Vec<Vec<Member<'a>>> = Vec::new();
         for member in members {
@@ -229,23 +305,29 @@ impl<'a> Encoder<'a> {
                 _ => terms.push(vec![member]),
             }
         }
-        let alone = terms.len() == 1;
-        let mut modules = Vec::new();
-        let mut owners = Vec::new();
-        for members in terms {
-            let term = members[0].term;
+        let alone = terms.len() == 1 && self.options.algebra.merge.is_none();
+        let mut joined: Vec<Joined> = Vec::new();
+        for mut members in terms {
+            let (term, weight) = (members[0].term, merge::common_weight(&mut members));
             let Some(module) = self.join(place, row, members, alone)? else { continue };
             let module = self.without_bias(dialect, key, module)?.tightened();
-            owners.push((term, module.rank()));
-            modules.push(module);
+            joined.push(Joined { term, module, weight });
         }
-        let bare = |m: &Module| m.kind == Kind::Bias;
-        if !dialect.holds(Slot::DiffB) && !modules.iter().all(bare) {
+        let bare = |j: &Joined| j.module.kind == Kind::Bias;
+        if !dialect.holds(Slot::DiffB) && !joined.iter().all(bare) {
             // The others do without it.
-            for bias in modules.extract_if(.., |m| bare(m)) {
-                self.lose(Code::UnsupportedKind, key, &bias, "has a bias, which it cannot hold")?;
+            for bias in joined.extract_if(.., |j| bare(j)) {
+                self.lose(Code::UnsupportedKind, key, &bias.module, "has a bias, which it cannot hold")?;
             }
         }
+        Ok(joined)
+    }
+
+    /// The one module that all terms make together.
+    fn add_up(&mut self, draft: &Draft<'a>) -> Result<Option<Module>> {
+        let (key, row) = (&draft.keys[0], draft.row);
+        let owners: Vec<_> = draft.terms.iter().map(|j| (j.term, j.module.rank())).collect();
+        let mut modules: Vec<Module> = draft.terms.iter().map(|j| j.module.clone()).collect();
         match self.branches.as_mut().and_then(|b| b.draft.as_mut()) {
             Some(draft) => draft.outside(&entry_name(self.adapter, key), &owners),
             None => modules = Module::distinct(modules),
@@ -257,15 +339,18 @@ impl<'a> Encoder<'a> {
         };
         match sum {
             Ok(module) => Ok(Some(self.widen(key, row, module, &modules))),
-            Err(Refusal(reason)) => {
-                for module in &modules[1..] {
-                    self.ledger.mark(module, Fate::Dropped);
-                }
-                let reason = format!("{reason} ({})", self.names_of(key));
-                self.lose(Code::IncompatibleModules, key, &modules[0], &reason)?;
-                Ok(None)
-            }
+            Err(Refusal(reason)) => self.incompatible(key, &modules, &reason),
         }
+    }
+
+    /// Modules that do not go together.
+    fn incompatible(&mut self, key: &ModuleKey, modules: &[Module], reason: &str) -> Result<Option<Module>> {
+        for module in &modules[1..] {
+            self.ledger.mark(module, Fate::Dropped);
+        }
+        let reason = format!("{reason} ({})", self.names_of(key));
+        self.lose(Code::IncompatibleModules, key, &modules[0], &reason)?;
+        Ok(None)
     }
 
     /// The files that have a module.
@@ -463,7 +548,7 @@ impl<'a> Encoder<'a> {
                 plan.metadata.push(entry);
                 plan.digests = digests;
             }
-            plan.judge(0, true);
+            plan.judge(0, Fidelity::Regrouped);
         }
         let mut carried: BTreeMap<usize, usize> = BTreeMap::new();
         for s in &spelled {
@@ -476,7 +561,12 @@ impl<'a> Encoder<'a> {
             }
             let start = plan.outputs.len();
             self.outputs(s, &mut plan.outputs);
-            plan.judge(start, s.module.regrouped);
+            let least = match (s.module.approximate, s.module.regrouped) {
+                (true, _) => Fidelity::Approximate,
+                (false, true) => Fidelity::Regrouped,
+                (false, false) => Fidelity::Exact,
+            };
+            plan.judge(start, least);
         }
         for (component, modules) in carried {
             let name = self.adapter.component(component).name.clone();
@@ -496,6 +586,8 @@ impl<'a> Encoder<'a> {
                 plan.metadata.push(("adapter_config".to_owned(), config.to_string()));
             }
         }
+        plan.resize = self.resized.take();
+        plan.merge = self.merge_report();
         self.ledger.close(plan, self.options.unknown, used)
     }
 

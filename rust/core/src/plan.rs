@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use crate::io::Source;
+use crate::ops::merge::MergeReport;
+use crate::ops::resize::ResizeReport;
 use crate::report::{AlphaCount, Fidelity, TensorCount, Warning};
 use crate::tensor::Tensor;
 
@@ -72,6 +74,10 @@ pub struct Plan {
     pub rounding: f64,
     /// What deserves a word.
     pub warnings: Vec<Warning>,
+    /// What happened to ranks, if they were changed.
+    pub resize: Option<ResizeReport>,
+    /// What merging lost, if deltas were merged.
+    pub merge: Option<MergeReport>,
 }
 
 impl Plan {
@@ -88,19 +94,21 @@ impl Plan {
             fidelity: Fidelity::Exact,
             rounding: 0.0,
             warnings: Vec::new(),
+            resize: None,
+            merge: None,
         }
     }
 
-    /// Takes into account what the outputs from `start` on say about fidelity and rounding.
-    pub(crate) fn judge(&mut self, start: usize, regrouped: bool) {
+    /// Takes into account what the outputs from `start` on say about fidelity and rounding; `least` is what is known of
+    /// them besides.
+    pub(crate) fn judge(&mut self, start: usize, least: Fidelity) {
         for output in &self.outputs[start..] {
             let fidelity = match &output.tensor {
                 t if t.is_narrowed() => Fidelity::Approximate,
                 t if t.is_scaled() => Fidelity::Rescaled,
-                _ if regrouped => Fidelity::Regrouped,
                 _ => Fidelity::Exact,
             };
-            self.fidelity = self.fidelity.max(fidelity);
+            self.fidelity = self.fidelity.max(fidelity).max(least);
             self.rounding = self.rounding.max(output.tensor.rounding());
         }
     }

@@ -11,6 +11,7 @@
 //!     text_encoder_strength: 0.5
 //!     components: {text_encoder_2: 0}
 //!     blocks: {"transformer_blocks.0-9": 0.5}   # the last that matches counts
+//!     block_weights: ALL0.5                     # a preset, or a list of numbers
 //! to: nunchaku
 //! base: svdq-int4.safetensors
 //! output: out.safetensors
@@ -32,7 +33,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Code, Error, Result};
-use crate::strength::Strength;
+use crate::strength::Request;
 
 /// Longest text that is read. A recipe is a page; a model named by mistake is not taken into memory.
 const LONGEST: usize = 1 << 20;
@@ -92,7 +93,7 @@ pub struct RecipeLora {
     /// The adapter's file.
     pub path: PathBuf,
     /// How strongly it counts.
-    pub strength: Strength,
+    pub strength: Request,
 }
 
 /// Reads a recipe. Its extension says how it is written, else its content; paths in it start at its folder.
@@ -112,7 +113,7 @@ pub fn parse(text: &str, format: Option<Format>) -> Result<Recipe> {
 
 /// Splits `style.safetensors:0.8` at its last colon into a path and a strength. The strength is 1 where there is no
 /// number behind a colon, and where a file of the whole name exists. `nan` and `inf` count as numbers, to be refused
-/// by [`Strength::check`].
+/// by [`Request::check`].
 pub fn split_strength(text: &OsStr) -> (PathBuf, f64) {
     split_unless(text, Path::exists)
 }

@@ -3,6 +3,8 @@
 use serde::Serialize;
 
 use crate::kind::AlphaSource;
+use crate::ops::merge::MergeReport;
+use crate::ops::resize::ResizeReport;
 
 /// Something that deserves a word but is no error.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq, PartialOrd, Ord)]
@@ -134,6 +136,12 @@ pub struct Report {
     pub fidelity: Fidelity,
     /// Bound on the relative rounding error of every written number.
     pub max_relative_error: f64,
+    /// What happened to ranks, if they were changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resize: Option<ResizeReport>,
+    /// What merging lost, if deltas were merged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub merge: Option<MergeReport>,
     /// What deserves a word.
     pub warnings: Vec<Warning>,
     /// Wall time.

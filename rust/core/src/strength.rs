@@ -1,12 +1,19 @@
 //! How strongly an adapter counts, and where.
 
+mod layout;
+mod request;
+mod scales;
 mod selector;
+mod weights;
 
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
+pub use request::Request;
+pub use scales::Scale;
 pub use selector::Selector;
+pub use weights::Weights;
 
 use crate::error::{Code, Error, Result};
 
@@ -211,7 +218,7 @@ mod tests {
         let wanted = r#"{"strength":0.8,"text_encoder_strength":0.5,"components":{"text_encoder_2":0.25},"blocks":{"blocks.0-3":0.5,"blocks.2.x":4.0,"blocks":1.0}}"#;
         assert_eq!(s.to_json().to_string(), wanted);
         let text = format!(r#"[{{"path": "a", {}"#, &wanted[1..]) + "]";
-        let read = crate::recipe::parse(&text, None).expect("a recipe").loras.remove(0).strength;
+        let read = crate::recipe::parse(&text, None).expect("a recipe").loras.remove(0).strength.plain;
         assert_eq!(read.to_json(), s.to_json());
         assert_eq!(read.of("transformer", true, "blocks.2.x"), s.of("transformer", true, "blocks.2.x"));
     }

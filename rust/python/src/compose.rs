@@ -10,7 +10,7 @@ use lorafmt_core::decode::decode_lenient;
 use lorafmt_core::detect::Given;
 use lorafmt_core::error::{Code, Error, Result};
 use lorafmt_core::io::{Layout, Source, WriteOptions};
-use lorafmt_core::strength::Strength;
+use lorafmt_core::strength::{Request, Strength};
 use pyo3::prelude::*;
 
 use crate::base::Base;
@@ -35,18 +35,17 @@ fn composed<T>(
         return work(&Composition::of(adapter), &options);
     }
     let agreed = agree(&adapters)?;
-    let term = |(adapter, (_, strength)): (_, &(_, Option<String>))| {
-        let strength = match strength {
-            None => Strength::default(),
-            Some(text) => {
-                let bad = |e| Error::new(Code::InvalidArgument, format!("a strength of `{text}` makes no sense: {e}"));
-                Strength::from_json(&serde_json::from_str(text).map_err(bad)?)?
-            }
-        };
-        Ok(Term::new(adapter, strength))
-    };
+    let term =
+        |(adapter, (_, given)): (_, &(_, Option<String>))| Ok(Term::new(adapter, strength(adapter, given.as_deref())?));
     let terms = agreed.iter().map(AsRef::as_ref).zip(terms).map(term).collect::<Result<Vec<_>>>()?;
     work(&Composition::new(terms)?, &options)
+}
+
+/// The strength that JSON says, for the family of the adapter.
+fn strength(adapter: &CoreAdapter, given: Option<&str>) -> Result<Strength> {
+    let Some(text) = given else { return Ok(Strength::default()) };
+    let bad = |e| Error::new(Code::InvalidArgument, format!("a strength of `{text}` makes no sense: {e}"));
+    Request::from_json(&serde_json::from_str(text).map_err(bad)?)?.resolve(adapter.family_table())
 }
 
 /// Writes a file and returns the report as JSON. `progress(done, total)` is called now and then.

@@ -10,6 +10,8 @@ mod formats;
 mod inspect;
 mod man;
 mod native;
+mod rank;
+mod resize;
 mod sample;
 mod scale;
 mod strength;
@@ -31,6 +33,8 @@ pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
 pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
+pub(crate) use rank::RankArgs;
+pub(crate) use resize::{ResizeArgs, ResizeMethod};
 pub(crate) use sample::SampleArgs;
 pub(crate) use scale::ScaleArgs;
 pub(crate) use strength::{Assignment, Places};
@@ -88,6 +92,7 @@ pub(crate) enum Command {
     Check(CheckArgs),
     Convert(ConvertArgs),
     Compose(ComposeArgs),
+    Resize(ResizeArgs),
     Scale(ScaleArgs),
     Diff(DiffArgs),
     Sample(SampleArgs),

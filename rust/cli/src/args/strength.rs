@@ -14,7 +14,7 @@ pub(crate) struct Places {
     /// Of a component (repeatable)
     ///
     /// In place of the general strength and that of the text encoders. Components have the names that diffusers gives them: transformer, text_encoder, text_encoder_2.
-    #[arg(long, value_name = "NAME=S")]
+    #[arg(long, value_name = "NAME=S", hide_short_help = true)]
     pub(crate) component: Vec<Assignment>,
     /// Times S where it matches (repeatable)
     ///
@@ -23,11 +23,21 @@ pub(crate) struct Places {
     /// `text_encoder:` in front for another component than the main one. Of several that match the last one counts.
     #[arg(long, value_name = "SELECTOR=S")]
     pub(crate) block: Vec<Assignment>,
+    /// By blocks: a preset, or V1,V2,...
+    ///
+    /// Block weights as sd-webui-lora-block-weight, kohya and ComfyUI Inspire have them, times the strength: 57, 58 or 61 numbers
+    /// for FLUX.1 and Chroma, 17 or 26 for Stable Diffusion, 12 or 20 for SDXL, or the name of a preset such as ALL0.5.
+    /// Where a `--block` matches, that counts instead.
+    #[arg(long, value_name = "WEIGHTS", allow_hyphen_values = true)]
+    pub(crate) blocks: Option<String>,
 }
 
 impl Places {
     pub(crate) fn is_empty(&self) -> bool {
-        self.text_encoder_strength.is_none() && self.component.is_empty() && self.block.is_empty()
+        self.text_encoder_strength.is_none()
+            && self.component.is_empty()
+            && self.block.is_empty()
+            && self.blocks.is_none()
     }
 }
 

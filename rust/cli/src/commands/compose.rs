@@ -9,7 +9,7 @@ use lorafmt_core::compose::{Composition, Term, agree};
 use lorafmt_core::convert::{self, ConvertOptions};
 use lorafmt_core::native::Base;
 use lorafmt_core::recipe::{self, Recipe, split_strength};
-use lorafmt_core::strength::Strength;
+use lorafmt_core::strength::{Request, Strength};
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
 use rayon::prelude::*;
@@ -27,7 +27,7 @@ struct Ingredients {
     /// The files, each once.
     inputs: Vec<Input>,
     /// Numbers of files, with strengths.
-    terms: Vec<(usize, Strength)>,
+    terms: Vec<(usize, Request)>,
 }
 
 pub(super) fn run(args: &ComposeArgs, context: &mut Context) -> Result<ExitStatus> {
@@ -100,7 +100,7 @@ fn file(path: &Path) -> PathBuf {
 fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients> {
     if args.sources.is_empty() && !args.places.is_empty() {
         let message = "strengths by place apply to the adapters of the command line, and there are none";
-        let hint = "write `text_encoder_strength`, `components` or `blocks` into the recipe";
+        let hint = "write `text_encoder_strength`, `components`, `blocks` or `block_weights` into the recipe";
         return Err(Error::new(Code::InvalidArgument, message).hint(hint));
     }
     let mut ingredients = Ingredients { inputs: Vec::new(), terms: Vec::new() };
@@ -120,7 +120,7 @@ fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients
 }
 
 impl Ingredients {
-    fn add(&mut self, path: &Path, strength: Strength) {
+    fn add(&mut self, path: &Path, strength: Request) {
         let known = self.inputs.iter().position(|i| i.path == path);
         let number = known.unwrap_or_else(|| {
             self.inputs.push(Input::new(path));
@@ -144,8 +144,13 @@ fn compose(
     let opened: Vec<Result<Adapter>> = ingredients.inputs.par_iter().map(open).collect();
     let adapters: Vec<Adapter> = opened.into_iter().collect::<Result<_>>()?;
     let agreed: Vec<Cow<'_, Adapter>> = agree(&adapters.iter().collect::<Vec<_>>())?;
-    let terms = ingredients.terms.iter().map(|(number, strength)| Term::new(&agreed[*number], strength.clone()));
-    job.run(&Composition::new(terms.collect())?, progress)
+    let term = |(number, request): &(usize, Request)| {
+        let adapter: &Adapter = &agreed[*number];
+        let strength = request.resolve(adapter.family_table()).map_err(|e| e.at(adapter.source.path()))?;
+        Ok(Term::new(adapter, strength))
+    };
+    let terms = ingredients.terms.iter().map(term).collect::<Result<_>>()?;
+    job.run(&Composition::new(terms)?, progress)
 }
 
 /// A file that is missing, while one without what follows the last colon is there: that was meant as a strength.

@@ -37,7 +37,10 @@ pub(super) fn run(args: &ConvertArgs, context: &mut Context) -> Result<ExitStatu
     let found = sources::find(&args.inputs, args.out_dir.as_deref())?;
     let goals = match args.split {
         true => Vec::new(),
-        false => targets::choose(args, &found, &registry.dialects[dialect].name)?,
+        false => {
+            let name = &registry.dialects[dialect].name;
+            targets::choose(args.output.as_deref(), args.out_dir.as_deref(), &found, name)?
+        }
     };
     targets::check(&goals, args.writing.dry_run, context.out.json, &[args.native.base.as_deref()])?;
     let base = open_base(&registry, args.native.base.as_deref())?;

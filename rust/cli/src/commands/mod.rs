@@ -7,6 +7,7 @@ mod detect;
 mod diff;
 mod formats;
 mod inspect;
+mod resize;
 mod sample;
 mod scale;
 mod shell;
@@ -44,6 +45,7 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Check(args) => check::run(args, &mut context),
         Command::Convert(args) => convert::run(args, &mut context),
         Command::Compose(args) => compose::run(args, &mut context),
+        Command::Resize(args) => resize::run(args, &mut context),
         Command::Scale(args) => scale::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
         Command::Sample(args) => sample::run(args, &mut context),

@@ -6,11 +6,11 @@ use lorafmt_core::adapter::Adapter;
 use lorafmt_core::compose::{Composition, Term};
 use lorafmt_core::convert::{self, ConvertOptions};
 use lorafmt_core::native::{Base, NativeOptions, disassemble};
-use lorafmt_core::strength::Strength;
+use lorafmt_core::strength::{Request, Strength};
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
 
-use super::writing::{Job, open_base, options};
+use super::writing::{Job, open_base, options, own_dialect};
 use super::{Context, strengths};
 use crate::ExitStatus;
 use crate::args::{Assignment, ScaleArgs};
@@ -22,7 +22,7 @@ use crate::targets::{self, Goal};
 struct Task<'a> {
     args: &'a ScaleArgs,
     registry: Arc<Registry>,
-    strength: Strength,
+    strength: Request,
     base: Option<Arc<Base>>,
     goal: Goal,
     hashed: bool,
@@ -62,7 +62,7 @@ impl Task<'_> {
         })?;
         let plain = options("", self.args.family.as_ref(), &self.args.writing);
         let adapter = convert::open(&self.registry, source, &plain, self.base.clone())?;
-        let to = self.dialect(&adapter)?;
+        let to = own_dialect(self.args.to.as_deref(), &adapter)?;
         if adapter.native.is_some() {
             return self.native(&adapter, &ConvertOptions { to, ..plain }, started, progress);
         }
@@ -71,8 +71,12 @@ impl Task<'_> {
             let hint = "`--block SELECTOR=S` scales a part of one adapter";
             return Err(Error::new(Code::InvalidArgument, message).at(&input.path).hint(hint));
         }
-        let terms = vec![Term::new(&adapter, self.strength.clone())];
+        let terms = vec![Term::new(&adapter, self.strength_for(&adapter)?)];
         self.job(&ConvertOptions { to, ..plain }, &input.path, started).run(&Composition::new(terms)?, progress)
+    }
+
+    fn strength_for(&self, adapter: &Adapter) -> Result<Strength> {
+        self.strength.resolve(adapter.family_table()).map_err(|e| e.at(adapter.source.path()))
     }
 
     /// A file for a quantized model: each adapter inside with a strength of its own, behind the same base.
@@ -88,7 +92,7 @@ impl Task<'_> {
         let names: Vec<String> = terms.iter().map(|t| t.name.clone()).collect();
         let factors = factors(&names, &self.args.lora).map_err(|e| e.at(adapter.source.path()))?;
         for (term, factor) in terms.iter_mut().zip(factors) {
-            term.strength = self.strength.times(factor);
+            term.strength = self.strength_for(adapter)?.times(factor);
         }
         let dialect = &self.registry.dialects[self.registry.dialect(&options.to)?];
         // The base inside the file knows no smoothing: what leaves the native form needs the real one.
@@ -113,24 +117,6 @@ impl Task<'_> {
             hashed: self.hashed,
             name,
             started,
-        }
-    }
-
-    /// The dialect to write: that of the source, unless another one is asked for.
-    fn dialect(&self, adapter: &Adapter) -> Result<String> {
-        if let Some(to) = &self.args.to {
-            return Ok(to.clone());
-        }
-        let refuse = |message: String| {
-            let hint = "add `--to DIALECT`; `lorafmt formats` lists what can be written";
-            Err(Error::new(Code::UnsupportedTarget, message).at(adapter.source.path()).hint(hint))
-        };
-        match adapter.detection.dialect.map(|d| &self.registry.dialects[d]) {
-            None => refuse("its keys are of several dialects, so it cannot be written as what it is".to_owned()),
-            Some(dialect) if !dialect.writes(adapter.family) => {
-                refuse(format!("it is of `{}`, which can be read and not written", dialect.name))
-            }
-            Some(dialect) => Ok(dialect.name.clone()),
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use lorafmt_core::adapter::Adapter;
 use lorafmt_core::compose::{Composition, Unknown};
 use lorafmt_core::convert::{self, ConvertOptions, Target, is_folder_name};
 use lorafmt_core::io::{Layout, WriteOptions};
@@ -47,6 +48,24 @@ pub(super) fn options(to: &str, family: Option<&String>, writing: &Writing) -> C
         max_rank: writing.max_rank,
         width: writing.widen,
         ..ConvertOptions::default()
+    }
+}
+
+/// The dialect to write: that of the source, unless another one is asked for.
+pub(super) fn own_dialect(to: Option<&str>, adapter: &Adapter) -> Result<String> {
+    if let Some(to) = to {
+        return Ok(to.to_owned());
+    }
+    let refuse = |message: String| {
+        let hint = "add `--to DIALECT`; `lorafmt formats` lists what can be written";
+        Err(Error::new(Code::UnsupportedTarget, message).at(adapter.source.path()).hint(hint))
+    };
+    match adapter.detection.dialect.map(|d| &adapter.registry.dialects[d]) {
+        None => refuse("its keys are of several dialects, so it cannot be written as what it is".to_owned()),
+        Some(dialect) if !dialect.writes(adapter.family) => {
+            refuse(format!("it is of `{}`, which can be read and not written", dialect.name))
+        }
+        Some(dialect) => Ok(dialect.name.clone()),
     }
 }
 

@@ -16,4 +16,5 @@ mod scale;
 #[cfg(unix)]
 mod signals;
 mod sources;
+mod strength;
 mod tables;

@@ -66,6 +66,8 @@ pub struct Module {
     pub inputs: Vec<usize>,
     /// Whether factors were joined into new ones: same delta, other tensors.
     pub regrouped: bool,
+    /// Whether its delta is only near to that of its inputs, as was asked for.
+    pub approximate: bool,
     pub(super) cut_from: Option<CutFrom>,
 }
 
@@ -80,8 +82,14 @@ impl Module {
             alpha_source: AlphaSource::Rank,
             inputs: Vec::new(),
             regrouped: false,
+            approximate: false,
             cut_from: None,
         }
+    }
+
+    /// Forgets what it was cut from: its factors are others now.
+    pub(crate) fn without_origin(&mut self) {
+        self.cut_from = None;
     }
 
     /// The tensor in a slot.

@@ -125,6 +125,11 @@ impl Matrix {
         matmul(self.view_mut(), Accum::Add, a.view(), b.view(), factor, Par::Seq);
     }
 
+    /// Adds `a^T @ b`.
+    pub fn add_transpose_product(&mut self, a: &Matrix, b: &Matrix) {
+        matmul(self.view_mut(), Accum::Add, a.view().transpose(), b.view(), 1.0, Par::Seq);
+    }
+
     /// Adds `a^T @ a`.
     pub fn add_gram(&mut self, a: &Matrix) {
         matmul(self.view_mut(), Accum::Add, a.view().transpose(), a.view(), 1.0, Par::Seq);

@@ -5,8 +5,10 @@
 
 mod matrix;
 mod norms;
+mod range;
 mod thin;
 
 pub use matrix::{Matrix, Svd, eigh, svd};
 pub use norms::low_rank_norms;
+pub use range::{Sketch, Sketched, sketch};
 pub use thin::{Tall, ThinSvd, thin_root, thin_svd};

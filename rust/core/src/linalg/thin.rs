@@ -78,6 +78,8 @@ pub struct ThinSvd {
     pub p: Matrix,
     /// R x len(s).
     pub q: Matrix,
+    /// Roots of `b^T b` and `a a^T`, R x R.
+    roots: (Matrix, Matrix),
 }
 
 impl ThinSvd {
@@ -92,7 +94,19 @@ impl ThinSvd {
 
     /// The Frobenius norm of the product.
     pub fn norm(&self) -> f64 {
-        self.s.iter().map(|s| s * s).sum::<f64>().sqrt()
+        self.tail(0)
+    }
+
+    /// The Frobenius norm of the product without its `k` largest singular values: the least error of a rank of k.
+    pub fn tail(&self, k: usize) -> f64 {
+        self.s.iter().skip(k).rev().map(|s| s * s).sum::<f64>().sqrt()
+    }
+
+    /// The Frobenius norm of `b a - (b x)(y a)`, for any x (R x k) and y (k x R).
+    pub fn residual(&self, x: &Matrix, y: &Matrix) -> f64 {
+        let mut left = Matrix::identity(x.rows());
+        left.add_product(-1.0, x, y);
+        self.roots.0.times(&left).times_transpose(&self.roots.1).norm()
     }
 }
 
@@ -113,13 +127,14 @@ pub fn thin_svd(b: &dyn Tall, a: &dyn Tall) -> Option<ThinSvd> {
     let inverse: Vec<f64> = balance.iter().map(|f| f.recip()).collect();
     let square = |gram: Matrix, f: &[f64]| gram.scaled_cols(f).scaled_rows(f);
     let roots = (root(&square(gram_b, &balance))?, root(&square(gram_a, &inverse))?);
-    let mut found = decompose(&roots.0, &roots.1, NOISE)?;
-    if found.1 < CANCELLED {
+    let (mut thin, share) = decompose(roots, NOISE)?;
+    if share < CANCELLED {
         let fine = (thin_root(b).scaled_cols(&balance), thin_root(a).scaled_cols(&inverse));
-        found = decompose(&fine.0, &fine.1, FINE_NOISE)?;
+        thin = decompose(fine, FINE_NOISE)?.0;
     }
-    let ThinSvd { s, p, q } = found.0;
-    Some(ThinSvd { s, p: p.scaled_rows(&balance), q: q.scaled_rows(&inverse) })
+    let ThinSvd { s, p, q, roots } = thin;
+    let roots = (roots.0.scaled_cols(&inverse), roots.1.scaled_cols(&balance));
+    Some(ThinSvd { s, p: p.scaled_rows(&balance), q: q.scaled_rows(&inverse), roots })
 }
 
 /// A root of a Gram matrix by its eigenvalues; rounding below zero counts as zero.
@@ -130,7 +145,8 @@ fn root(gram: &Matrix) -> Option<Matrix> {
 }
 
 /// The decomposition from both roots, and its largest singular value as a share of what it could be.
-fn decompose(root_b: &Matrix, root_a: &Matrix, noise: f64) -> Option<(ThinSvd, f64)> {
+fn decompose(roots: (Matrix, Matrix), noise: f64) -> Option<(ThinSvd, f64)> {
+    let (root_b, root_a) = (&roots.0, &roots.1);
     let Svd { u, s, v } = svd(&root_b.times_transpose(root_a))?;
     let bound = (root_b.norm() * root_a.norm()) / (root_b.rows().max(1) as f64).sqrt();
     let rank = s.iter().take_while(|s| **s > noise * bound && **s > 0.0).count();
@@ -139,6 +155,7 @@ fn decompose(root_b: &Matrix, root_a: &Matrix, noise: f64) -> Option<(ThinSvd, f
         p: root_a.transpose_times(&v.first_cols(rank)),
         q: root_b.transpose_times(&u.first_cols(rank)),
         s: s[..rank].to_vec(),
+        roots,
     };
     Some((thin, share))
 }
@@ -178,6 +195,10 @@ mod tests {
             let tail = s[k..].iter().map(|x| x * x).sum::<f64>().sqrt();
             let error = difference(&rebuilt(&thin, &b, &at, k), &dense);
             assert!((error - tail).abs() < 1e-9 * dense.norm(), "{error} {tail}");
+            assert!((thin.tail(k) - tail).abs() < 1e-9 * dense.norm());
+            let (x, y) = (noise(r, k, 8), noise(k, r, 9));
+            let wanted = difference(&b.times(&x).times(&y.times_transpose(&at)), &dense);
+            assert!((thin.residual(&x, &y) - wanted).abs() < 1e-9 * wanted);
         }
     }
 

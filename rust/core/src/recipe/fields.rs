@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use super::tree::{Entry, Node, Value};
 use super::{Fault, Found, Recipe, RecipeLora, split_unless};
-use crate::strength::{Selector, Strength};
+use crate::strength::{Request, Selector, Strength, Weights};
 use crate::table::edit_distance;
 
 /// The keys of each mapping. `job`, `config` and `meta` are those of a whole job file.
 const RECIPE: &[&str] = &["loras", "to", "base", "output", "dtype", "layout", "model", "job", "config", "meta"];
-const LORA: &[&str] = &["path", "strength", "text_encoder_strength", "components", "blocks"];
+const LORA: &[&str] = &["path", "strength", "text_encoder_strength", "components", "blocks", "block_weights"];
 const MODEL: &[&str] = &["lora_path", "lora_weight", "lora_paths"];
 const MODEL_LORA: &[&str] = &["path", "weight"];
 /// Options of `model` that are none of ours, one a line.
@@ -79,7 +79,7 @@ impl Reader<'_> {
     fn short(&self, node: &Node, text: &str) -> Found<RecipeLora> {
         let exists = |path: &Path| self.folder.is_some_and(|folder| folder.join(path).exists());
         let (path, strength) = split_unless(text.as_ref(), exists);
-        let strength = Strength::uniform(finite(node, strength, || format!("the strength of `{}`", path.display()))?);
+        let strength = Request::from(finite(node, strength, || format!("the strength of `{}`", path.display()))?);
         Ok(RecipeLora { path: self.resolve(node, path, "the path of a LoRA")?, strength })
     }
 
@@ -105,7 +105,8 @@ impl Reader<'_> {
                 strength.blocks.push((selector, numeric(&entry.node, what)?));
             }
         }
-        Ok(RecipeLora { path, strength })
+        let weights = get(entries, "block_weights")?.map(|node| weights(node, name)).transpose()?;
+        Ok(RecipeLora { path, strength: Request { plain: strength, weights, scales: Vec::new() } })
     }
 
     /// The `model` section of one of AI-Toolkit's configurations.
@@ -163,6 +164,21 @@ impl Reader<'_> {
             None => Ok(path),
         }
     }
+}
+
+/// Block weights: the name of a preset, a text of numbers, or a list of them.
+fn weights(node: &Node, name: &str) -> Found<Weights> {
+    let what = |at: usize| format!("block weight {} of `{name}`", at + 1);
+    let weights = match &node.value {
+        Value::Text(text) => Weights::parse(text),
+        Value::List(items) => {
+            let numbers = items.iter().enumerate().map(|(at, item)| numeric(item, || what(at)));
+            Ok(Weights::Vector(numbers.collect::<Found<_>>()?))
+        }
+        _ => return Err(wrong(node, "`block_weights`", "the name of a preset or a list of numbers")),
+    };
+    let fault = |e: crate::Error| Fault { hint: Some(e.hint_text().to_owned()), ..Fault::new(node.at, e.message()) };
+    weights.and_then(|weights| weights.check().map(|()| weights)).map_err(fault)
 }
 
 /// An error for a key that is not one of `known`.

@@ -13,7 +13,7 @@ fn error(text: &str, format: impl Into<Option<Format>>) -> String {
 
 /// Paths and general strengths.
 fn short(recipe: &Recipe) -> Vec<(&str, f64)> {
-    recipe.loras.iter().map(|lora| (lora.path.to_str().expect("UTF-8"), lora.strength.all)).collect()
+    recipe.loras.iter().map(|lora| (lora.path.to_str().expect("UTF-8"), lora.strength.plain.all)).collect()
 }
 
 const FULL: [(Format, &str); 3] = [
@@ -65,7 +65,7 @@ loras = [
 #[test]
 fn every_format_says_the_same() {
     let wanted = yaml(FULL[0].1);
-    let style = &wanted.loras[0].strength;
+    let style = &wanted.loras[0].strength.plain;
     assert_eq!(short(&wanted), [("style.safetensors", 0.8), ("other.safetensors", 0.25)]);
     assert_eq!((style.text_encoders, style.components["text_encoder_2"]), (Some(0.5), 0.0));
     let blocks: Vec<(String, f64)> = style.blocks.iter().map(|(s, factor)| (s.to_string(), *factor)).collect();
@@ -83,7 +83,7 @@ fn every_format_says_the_same() {
     let headers = "[[loras]]\npath = \"x\"\n[loras.blocks]\nz = 1\n\"a\" = 2\n[[loras]]\npath = \"y\"";
     let recipe = parse(headers, None).expect("valid");
     assert_eq!(short(&recipe), [("x", 1.0), ("y", 1.0)]);
-    assert_eq!(recipe.loras[0].strength.blocks[1].0.to_string(), "a");
+    assert_eq!(recipe.loras[0].strength.plain.blocks[1].0.to_string(), "a");
 }
 
 #[test]
@@ -92,7 +92,7 @@ fn what_is_left_out_has_a_default() {
         ["loras:\n- path: a\n", "- a", "[a]", "- {path: a, strength: ~}", "\u{feff}- a\r\n", "loras: [a]\nto:\n"]
     {
         let recipe = yaml(text);
-        let loras = vec![RecipeLora { path: "a".into(), strength: Strength::default() }];
+        let loras = vec![RecipeLora { path: "a".into(), strength: 1.0.into() }];
         let bare = Recipe { loras, to: None, base: None, output: None, dtype: None, layout: None };
         assert_eq!(recipe, bare, "{text}");
     }
@@ -104,9 +104,9 @@ fn yaml_may_repeat_itself() {
     let text = "loras:\n- &c {path: c, strength: 2, components: {x: 3}}\n- {<<: *c, path: d}\n- {<<: *c, strength: 1}";
     let recipe = yaml(text);
     assert_eq!(short(&recipe), [("c", 2.0), ("d", 2.0), ("c", 1.0)]);
-    assert_eq!(recipe.loras[1].strength.components["x"], 3.0);
+    assert_eq!(recipe.loras[1].strength.plain.components["x"], 3.0);
     for (text, number) in [("+.5", 0.5), ("1.", 1.0), ("1e-3", 0.001), ("-2", -2.0), ("0x10", 16.0)] {
-        assert_eq!(yaml(&format!("- {{path: a, strength: {text}}}")).loras[0].strength.all, number, "{text}");
+        assert_eq!(yaml(&format!("- {{path: a, strength: {text}}}")).loras[0].strength.plain.all, number, "{text}");
     }
 }
 
@@ -245,7 +245,7 @@ fn nothing_makes_it_slow() {
     assert!(error(&long, Yaml).contains("too large"));
     // Many keys, none of them twice, and one long one.
     let keys: String = (0..20_000).map(|n| format!("k{n}: 1, ")).collect();
-    assert_eq!(yaml(&format!("- {{path: a, blocks: {{{keys}}}}}")).loras[0].strength.blocks.len(), 20_000);
+    assert_eq!(yaml(&format!("- {{path: a, blocks: {{{keys}}}}}")).loras[0].strength.plain.blocks.len(), 20_000);
     error(&format!("{{\"{}\": 1}}", "x".repeat(900_000)), Json);
     assert!(error(&"x".repeat(LONGEST + 1), None).contains("longer than"));
     // Generous: machines that test are busy.
@@ -307,7 +307,7 @@ fn a_strength_behind_a_path() {
     }
     let (path, number) = split("x:nan");
     assert!(path == "x" && number.is_nan());
-    assert!(Strength::from(number).check().is_err());
+    assert!(Request::from(number).check().is_err());
     assert_eq!(split_unless(OsStr::new("x:2"), |path| path == Path::new("x:2")), ("x:2".into(), 1.0));
     assert_eq!(split_unless(OsStr::new("x:2"), |path| path == Path::new("x")), ("x".into(), 2.0));
 }

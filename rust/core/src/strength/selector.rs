@@ -18,6 +18,8 @@ pub struct Selector {
     text: String,
     component: Option<Glob>,
     segments: Vec<Segment>,
+    /// Made from a table: no adapter needs to have what it names.
+    of_table: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,12 +54,22 @@ impl Selector {
                 ("", Some(_)) => Vec::new(),
                 _ => cut(path)?.into_iter().map(Segment::parse).collect::<Result<_, _>>()?,
             };
-            Ok(Self { text: text.to_owned(), component, segments })
+            Ok(Self { text: text.to_owned(), component, segments, of_table: false })
         };
         read().map_err(|reason: String| {
             let message = format!("the selector `{text}` is not understood: {reason}");
             Error::new(Code::InvalidArgument, message).hint(GRAMMAR)
         })
+    }
+
+    /// A selector for a place that a table knows. It is no mistake if an adapter has no module there.
+    pub(crate) fn of_table(text: &str) -> Result<Self> {
+        Ok(Self { of_table: true, ..Self::parse(text)? })
+    }
+
+    /// Whether it was made from a table, rather than written by somebody.
+    pub(crate) fn is_of_table(&self) -> bool {
+        self.of_table
     }
 
     /// Whether a module is meant; `main` says whether the component is the family's first.

@@ -101,6 +101,12 @@ pub struct Component {
 }
 
 impl Component {
+    /// The canonical paths of all its modules; one that stands in several rows comes several times.
+    pub fn paths(&self) -> impl Iterator<Item = String> {
+        let templates = self.rows.iter().flat_map(|row| &row.canonical);
+        templates.flat_map(|template| self.instances_of(template).into_iter().map(|v| template.render(&v)))
+    }
+
     /// The block numbers of every instance of a row.
     pub fn instances(&self, row: &Row) -> Vec<pattern::Variables> {
         self.instances_of(&row.canonical[0])

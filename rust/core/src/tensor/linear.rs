@@ -91,6 +91,15 @@ fn store(values: &Matrix, out: &mut [u8]) -> Loss {
 }
 
 impl Tensor {
+    /// A matrix that has been computed, rounded once to `dtype` and held in memory.
+    pub fn computed(values: &Matrix, dtype: Dtype) -> Self {
+        let bytes: Vec<u8> = values.data().iter().flat_map(|v| v.to_le_bytes()).collect();
+        let exact = Self::constant(Dtype::F64, vec![values.rows(), values.cols()], bytes).cast(dtype);
+        let mut rounded = Vec::new();
+        exact.read_rows_into(0..exact.rows(), &mut rounded);
+        Self::constant(dtype, exact.shape().to_vec(), rounded)
+    }
+
     /// `self @ small` as a lazy tensor of this one's type: computed in float64 and rounded once. The rows keep their
     /// shape where the other dimensions are 1, as those of an `up` factor of a convolution.
     #[must_use]

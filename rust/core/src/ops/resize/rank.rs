@@ -53,13 +53,14 @@ impl Criterion {
         }
     }
 
-    /// The smallest rank that fulfils it; 0 where there is nothing to keep. `s` falls.
-    pub fn rank(self, s: &[f64]) -> usize {
+    /// The smallest rank that fulfils it; 0 where there is nothing to keep. `s` falls; `rest` is the sum of squares of
+    /// singular values that are not in it, which cannot be kept.
+    pub fn rank(self, s: &[f64], rest: f64) -> usize {
         match self {
-            Criterion::Energy(share) => by_tail(s, |x| x * x, 1.0 - share),
-            Criterion::SvFro(share) => by_tail(s, |x| x * x, 1.0 - share * share),
-            Criterion::MaxError(error) => by_tail(s, |x| x * x, error * error),
-            Criterion::SvCumulative(share) => by_tail(s, |x| x, 1.0 - share),
+            Criterion::Energy(share) => by_tail(s, rest, |x| x * x, 1.0 - share),
+            Criterion::SvFro(share) => by_tail(s, rest, |x| x * x, 1.0 - share * share),
+            Criterion::MaxError(error) => by_tail(s, rest, |x| x * x, error * error),
+            Criterion::SvCumulative(share) => by_tail(s, 0.0, |x| x, 1.0 - share),
             Criterion::SvRatio(ratio) => s.iter().take_while(|x| **x * ratio > s[0]).count().max(s.len().min(1)),
         }
     }
@@ -67,11 +68,11 @@ impl Criterion {
 
 /// The smallest rank whose tail is at most a share of the whole. Tails are summed from their small end, so that they
 /// are right however small they are.
-fn by_tail(s: &[f64], size: impl Fn(f64) -> f64, share: f64) -> usize {
-    let total: f64 = s.iter().rev().map(|x| size(*x)).sum();
+fn by_tail(s: &[f64], rest: f64, size: impl Fn(f64) -> f64, share: f64) -> usize {
+    let total: f64 = rest + s.iter().rev().map(|x| size(*x)).sum::<f64>();
     // The share itself is rounded: 1 - 0.9 is not 0.1.
     let allowed = total * share * (1.0 + 1e-12);
-    let mut tail = 0.0;
+    let mut tail = rest;
     let dropped = s.iter().rev().take_while(|x| {
         tail += size(**x);
         tail <= allowed
@@ -103,9 +104,9 @@ impl RankRule {
         self.criterion.map_or(Ok(()), Criterion::check)
     }
 
-    /// The rank for singular values `s`, at least 1.
-    pub fn rank(self, s: &[f64]) -> usize {
-        let enough = self.criterion.map_or(s.len(), |c| c.rank(s));
+    /// The rank for singular values `s`, at least 1 (see [`Criterion::rank`]).
+    pub fn rank(self, s: &[f64], rest: f64) -> usize {
+        let enough = self.criterion.map_or(usize::MAX, |c| c.rank(s, rest));
         enough.min(self.limit.unwrap_or(usize::MAX)).max(1)
     }
 }
@@ -202,11 +203,13 @@ mod tests {
             (Criterion::SvRatio(100.0), 4),
         ];
         for (criterion, rank) in cases {
-            assert_eq!(criterion.rank(&s), rank, "{criterion:?}");
-            assert_eq!(criterion.rank(&[]), 0);
+            assert_eq!(criterion.rank(&s, 0.0), rank, "{criterion:?}");
+            assert_eq!(criterion.rank(&[], 0.0), 0);
         }
+        // What was not found counts as lost.
+        assert_eq!((Criterion::Energy(0.5).rank(&s, 0.0), Criterion::Energy(0.5).rank(&s, 18.0)), (1, 2));
         let rule = RankRule { limit: Some(2), criterion: Some(Criterion::Energy(1.0)) };
-        assert_eq!((rule.rank(&s), rule.rank(&[])), (2, 1));
+        assert_eq!((rule.rank(&s, 0.0), rule.rank(&[], 0.0)), (2, 1));
     }
 
     #[test]
