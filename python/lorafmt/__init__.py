@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import exceptions, torch
+    from ._expand import expand
     from ._lorafmt import __version__
     from .adapter import Adapter, Module
     from .api import (
@@ -62,6 +63,7 @@ _HOME = {
     "convert_state_dict": "api",
     "detect": "api",
     "diff": "api",
+    "expand": "_expand",
     "inspect": "api",
     "open": "api",
     "register_table": "api",
@@ -94,6 +96,7 @@ __all__ = [
     "detect",
     "diff",
     "exceptions",
+    "expand",
     "inspect",
     "open",
     "register_table",

@@ -117,6 +117,11 @@ def converted(terms: SupportsGetItem[int, tuple[Adapter, str | None]], options: 
     The adapter that is made, computed into memory, and the report as JSON.
     """
 
+def expand(adapter: Adapter, options: str, base_weights: str | PathLike[str] | None = None) -> tuple[Adapter, str]:
+    """
+    The adapter as plain LoRA, its tensors yet to be computed or to be written, and what happened as JSON.
+    """
+
 def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex) -> str:
     """
     Compares two adapters by their deltas; JSON.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import _lorafmt, reports
 from ._sources import fill_numpy, fill_torch
@@ -206,6 +206,26 @@ class Adapter(Mapping[str, Module]):
         """
         framework = framework or self._framework or _installed()
         return self.to_torch(dialect=dialect) if framework == "torch" else self.to_numpy(dialect)
+
+    def to_lora(
+        self,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        max_error: float | None = None,
+        base_weights: str | os.PathLike[str] | None = None,
+        lossy: Literal["error", "allow"] = "error",
+        seed: int = 0,
+    ) -> Adapter:
+        """The same adapter as plain LoRA, exact unless a rank or an error is given; see :func:`lorafmt.expand`.
+
+        Its tensors are computed when they are asked for, but for those of differences of full rank.
+        """
+        from ._expand import _expanded
+
+        how = {"rank": rank, "energy": energy, "max_error": max_error, "seed": seed, "lossy": lossy}
+        plain = _expanded(self._native, how, base_weights)
+        return Adapter(plain, options=self._options, framework=self._framework)
 
     def to_nunchaku(
         self,

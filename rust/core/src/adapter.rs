@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::io::Source;
 use crate::kind::Module;
 use crate::native::{NativeInfo, needs_base};
+use crate::ops::expand::Expansion;
 use crate::report::Warning;
 use crate::table::pattern::Variables;
 use crate::table::{Component, Family, Registry, Row};
@@ -62,6 +63,8 @@ pub struct Adapter {
     pub warnings: Vec<Warning>,
     /// What is special about a file of packed branches.
     pub native: Option<NativeInfo>,
+    /// What it was before its modules were made plain LoRA, if they were.
+    pub expansion: Option<Expansion>,
 }
 
 impl Adapter {

@@ -148,6 +148,22 @@ impl<'a> Composition<'a> {
         Self { terms, sources, skips_zero: false }
     }
 
+    /// The same terms with other adapters of the same sources, one for each.
+    pub(crate) fn with<'b>(&'b self, adapters: &[&'b Adapter]) -> Composition<'b> {
+        let term = |(term, adapter): (&'b Term<'a>, &&'b Adapter)| Term {
+            adapter: *adapter,
+            strength: term.strength.clone(),
+            name: term.name.clone(),
+            start: term.start,
+            origin: term.origin,
+        };
+        Composition {
+            terms: self.terms.iter().zip(adapters).map(term).collect(),
+            sources: self.sources.clone(),
+            skips_zero: self.skips_zero,
+        }
+    }
+
     /// The terms.
     pub fn terms(&self) -> &[Term<'a>] {
         &self.terms
@@ -361,11 +377,11 @@ impl<'a> Ledger<'a> {
                 None => error.at(self.composition.first().source.path()),
             };
             let able = self.able(module);
-            if code == Code::UnsupportedKind && !reason.contains("--max-rank") && !able.is_empty() {
-                error = error.hint(format!(
-                    "`--to {}` can hold it; `--lossy allow` leaves such modules out",
-                    able.join("` or `--to ")
-                ));
+            let mut ways = Vec::new();
+            ways.extend((!able.is_empty()).then(|| format!("`--to {}` can hold it", able.join("` or `--to "))));
+            ways.extend(has_plain_form(module).then(|| "`lorafmt expand` makes plain LoRA of it".to_owned()));
+            if code == Code::UnsupportedKind && !reason.contains("--max-rank") && !ways.is_empty() {
+                error = error.hint(format!("{}; `--lossy allow` leaves such modules out", ways.join("; ")));
             }
             return Err(error);
         }
@@ -402,7 +418,8 @@ impl<'a> Ledger<'a> {
         if self.strength != 1.0 || !self.composition.terms.iter().all(full) {
             plan.fidelity = plan.fidelity.max(Fidelity::Rescaled);
         }
-        if !self.lost.is_empty() {
+        let left_out = |t: &Term<'_>| t.adapter.expansion.as_ref().is_some_and(|e| !e.left_out.is_empty());
+        if !self.lost.is_empty() || self.composition.terms.iter().any(left_out) {
             plan.fidelity = Fidelity::Approximate;
         }
         plan.fates = self.fates;
@@ -463,8 +480,20 @@ fn fates(composition: &Composition<'_>) -> Vec<Fate> {
         for &index in term.adapter.native.iter().flat_map(|n| &n.spent) {
             fates[term.number(index)] = Fate::Used;
         }
+        for &index in term.adapter.expansion.iter().flat_map(|e| &e.left_out) {
+            fates[term.number(index)] = Fate::Dropped;
+        }
     }
     fates
+}
+
+/// Whether it is a difference that is none of plain LoRA, and could be one.
+fn has_plain_form(module: &Module) -> bool {
+    match module.kind {
+        Kind::Lora => module.is_dora() || module.has_core(),
+        Kind::Loha | Kind::Lokr | Kind::Oft | Kind::Glora | Kind::Ia3 => true,
+        Kind::Full | Kind::Norm | Kind::Set | Kind::Bias => false,
+    }
 }
 
 fn unknown_key(adapter: &Adapter, name: &str) -> Error {

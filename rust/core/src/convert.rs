@@ -1,20 +1,22 @@
 //! Conversion from end to end, for the command line and Python alike.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, ModuleKey};
 use crate::cast::Loss;
 use crate::compose::{Composition, Term, Unknown};
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::dtype::Dtype;
-use crate::encode::{Algebra, EncodeOptions, encode};
+use crate::encode::{Algebra, EncodeOptions, MAX_RANK, encode};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing, write_file, write_to};
 use crate::kind::Kind;
 use crate::native::{Base, NativeOptions};
+use crate::ops::expand::settled;
 use crate::plan::Plan;
 use crate::report::{Report, SourceReport, TargetReport, Warning};
 use crate::table::{AlphaPolicy, Dialect, Registry};
@@ -117,7 +119,7 @@ pub fn plan(composition: &Composition<'_>, options: &ConvertOptions, sidecar: bo
     let native = adapter.registry.dialects[dialect].native(adapter.family).is_some();
     match native && !options.algebra.is_none() {
         true => in_two_steps(composition, &encode_options),
-        false => encode(composition, &encode_options),
+        false => settle_and_encode(composition, &encode_options),
     }
     .map_err(|e| e.at(adapter.source.path()))
 }
@@ -129,7 +131,7 @@ fn in_two_steps(composition: &Composition<'_>, options: &EncodeOptions) -> Resul
     let dialect = first.registry.dialects.iter().position(|d| plain(&d)).ok_or_else(|| {
         Error::new(Code::UnsupportedTarget, format!("no dialect can hold {} meanwhile", first.family_table().name))
     })?;
-    let changed = encode(composition, &EncodeOptions { dialect, native: None, ..options.clone() })?;
+    let changed = settle_and_encode(composition, &EncodeOptions { dialect, native: None, ..options.clone() })?;
     let mut bytes = Vec::new();
     write_to(&mut bytes, &Layout::of(&changed), &Control::default())?;
     let names: Vec<&str> = composition.terms().iter().map(|t| t.name.as_str()).collect();
@@ -146,6 +148,28 @@ fn in_two_steps(composition: &Composition<'_>, options: &EncodeOptions) -> Resul
     plan.warnings.splice(0..0, changed.warnings);
     (plan.merge, plan.resize) = (changed.merge, changed.resize);
     Ok(plan)
+}
+
+fn settle_and_encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<Plan> {
+    let settled = settle(composition, options.dialect, options.max_rank);
+    let adapters: Vec<&Adapter> = settled.iter().map(AsRef::as_ref).collect();
+    encode(&composition.with(&adapters), options)
+}
+
+/// The adapters of a composition, with fused modules that their kind does not let cut in their plain form, where the
+/// dialect wants their parts and the rank allows it.
+fn settle<'a>(composition: &Composition<'a>, dialect: usize, max_rank: Option<usize>) -> Vec<Cow<'a, Adapter>> {
+    let limit = max_rank.or((composition.terms().len() > 1).then_some(MAX_RANK));
+    let one = |term: &Term<'a>| {
+        let adapter = term.adapter;
+        let dialect = &adapter.registry.dialects[dialect];
+        // Layers of a quantized model take modules as they stand.
+        let elsewhere = dialect.native(adapter.family).is_none();
+        let by_part = |key: &ModuleKey| dialect.place(adapter.family, key.component).is_some_and(|p| p.namespace == 0);
+        let moved = limit.filter(|_| elsewhere).and_then(|limit| settled(adapter, limit, by_part));
+        moved.map_or(Cow::Borrowed(adapter), Cow::Owned)
+    };
+    composition.terms().iter().map(one).collect()
 }
 
 /// Writes a composition. The report's time does not include opening the sources, and their hashes are left open.
@@ -218,6 +242,7 @@ pub fn report(composition: &Composition<'_>, plan: &Plan, dialect: &str, bytes: 
         fidelity: plan.fidelity,
         max_relative_error: plan.rounding,
         resize: plan.resize.clone(),
+        expand: composition.first().expansion.as_ref().map(|e| e.report.clone()),
         merge: plan.merge.clone(),
         warnings: plan.warnings.clone(),
         seconds: 0.0,
@@ -272,7 +297,7 @@ pub fn describe(adapter: &Adapter) -> SourceReport {
         path: adapter.source.path().to_string_lossy().into_owned(),
         dialect: adapter.detection.dialect_name(&adapter.registry).to_owned(),
         family: adapter.family_table().name.clone(),
-        kind: kind_name(adapter).to_owned(),
+        kind: adapter.expansion.as_ref().map_or_else(|| kind_name(adapter), |e| e.kind).to_owned(),
         sha256: None,
         name: adapter.native.as_ref().and_then(|n| n.entry.as_ref()).map(|e| e.name.clone()),
         strength: None,

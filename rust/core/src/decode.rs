@@ -76,6 +76,7 @@ pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: &Gi
         warnings: family_warning(registry, &detection).into_iter().collect(),
         detection,
         native: None,
+        expansion: None,
     };
     let mut decoder =
         Decoder { source, alphas: &alphas, problems: Vec::new(), conflicts: Vec::new(), zeros: Vec::new() };
@@ -215,7 +216,10 @@ impl Decoder<'_> {
         let mut tensors: BTreeMap<Slot, Tensor> = BTreeMap::new();
         for (&slot, (index, _)) in &group.slots {
             if !matches!(slot, Slot::Alpha | Slot::Reshape) {
-                tensors.insert(slot, as_matrix(slot, Tensor::input(self.source, *index)));
+                let tensor = Tensor::input(self.source, *index);
+                // Beside a core, 1x1 is what the factor of a convolution looks like.
+                let convolution = group.slots.contains_key(&Slot::Mid);
+                tensors.insert(slot, if convolution { tensor } else { as_matrix(slot, tensor) });
             }
         }
         shapes::check(self.source, group, row, kind, &tensors)?;

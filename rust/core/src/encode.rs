@@ -612,6 +612,7 @@ impl<'a> Encoder<'a> {
                     let rows = tensor.rows();
                     push(slot, tensor.reshaped(vec![rows, 1]));
                 }
+                Slot::Up => push(slot, beside(tensor, s.module.get(Slot::Down))),
                 _ => push(slot, tensor),
             }
         }
@@ -648,6 +649,17 @@ impl<'a> Encoder<'a> {
             _ => tensor,
         }
     }
+}
+
+/// Up with as many dimensions as down has: of a convolution it is one of 1x1.
+fn beside(up: Tensor, down: Option<&Tensor>) -> Tensor {
+    let dimensions = down.map_or(2, |d| d.shape().len());
+    if dimensions <= 2 || up.shape().len() == dimensions {
+        return up;
+    }
+    let mut shape = vec![1; dimensions];
+    (shape[0], shape[1]) = (up.rows(), up.cols());
+    up.reshaped(shape)
 }
 
 fn fuse(row: &Row, members: &[Member<'_>], limit: Option<usize>) -> Result<Module, Refusal> {

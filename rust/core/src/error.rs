@@ -83,6 +83,9 @@ codes! {
     FamilyMismatch "family-mismatch" Unsupported "Adapters to different models were to be composed." "compose adapters of one family only";
     IncompatibleModules "incompatible-modules" Unsupported "Several adapters have a module whose kinds do not add." "compose without one of them, or add `--lossy allow` to leave the module out";
     BaseNeeded "base-needed" Usage "A native adapter was to be written or taken apart, and no base checkpoint was named." "add `--base FILE`: the quantized checkpoint (.safetensors) that the adapter is for";
+    WeightsNeeded "weights-needed" Unsupported "A kind of adapter says its difference only together with the weights of the model." "add `--base-weights FILE`: the checkpoint that the adapter was made for; `--lossy allow` leaves such modules out";
+    MissingWeight "missing-weight" Unsupported "The base checkpoint lacks the weight of a module." "name the checkpoint of the model that the adapter is for; `--lossy allow` leaves such modules out";
+    RankNeeded "rank-needed" Usage "A difference has full rank, and nothing says how much of it is enough." "add `--rank N`, `--energy E` or `--max-error E`";
     InvalidBase "invalid-base" Format "The base holds no quantized layers of the family, or damaged ones." "name the quantized checkpoint itself, such as `svdq-int4_r32-flux.1-dev.safetensors` or its `transformer_blocks.safetensors`";
     WrongBase "wrong-base" Unsupported "The base is another than the adapter was made for, or than was asked for." "a native file fits one checkpoint only: name that one, or convert the original adapter for this one";
     WrongUndo "wrong-undo" Unsupported "The undo file is of another checkpoint, or damaged." "name the undo file that was written when this very checkpoint was fused";

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use crate::kind::AlphaSource;
+use crate::ops::expand::ExpandReport;
 use crate::ops::merge::MergeReport;
 use crate::ops::resize::ResizeReport;
 
@@ -139,6 +140,9 @@ pub struct Report {
     /// What happened to ranks, if they were changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize: Option<ResizeReport>,
+    /// What happened to modules that were made plain LoRA, if any were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expand: Option<ExpandReport>,
     /// What merging lost, if deltas were merged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub merge: Option<MergeReport>,

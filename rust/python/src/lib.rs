@@ -4,6 +4,7 @@
 mod base;
 mod compose;
 mod enter;
+mod expand;
 mod options;
 mod source;
 
@@ -30,6 +31,7 @@ use serde_json::Value;
 use base::Base;
 use compose::{converted, plan, write};
 use enter::enter;
+use expand::expand_adapter;
 use source::{Buffer, SourceArgument, fill};
 
 /// The tables in use: the built-in ones, and those registered since.
@@ -289,8 +291,8 @@ mod _lorafmt {
 
     #[pymodule_export]
     use super::{
-        Adapter, Base, Plan, check, components, converted, diff, error_codes, formats, native_dialect, plan,
-        register_table, run, write,
+        Adapter, Base, Plan, check, components, converted, diff, error_codes, expand_adapter, formats, native_dialect,
+        plan, register_table, run, write,
     };
 
     #[pymodule_export]

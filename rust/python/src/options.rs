@@ -41,7 +41,7 @@ pub(crate) fn parse(json: &str) -> Result<ConvertOptions> {
         lossy: word("lossy", &["error", "allow"])? == "allow",
         max_rank: count("max_rank"),
         width: count("widen"),
-        native: None,
+        ..ConvertOptions::default()
     })
 }
 

@@ -6,10 +6,12 @@ mod compose;
 mod convert;
 mod detect;
 mod diff;
+mod expand;
 mod formats;
 mod inspect;
 mod man;
 mod native;
+mod normalize;
 mod rank;
 mod resize;
 mod sample;
@@ -29,10 +31,12 @@ pub(crate) use compose::ComposeArgs;
 pub(crate) use convert::ConvertArgs;
 pub(crate) use detect::DetectArgs;
 pub(crate) use diff::DiffArgs;
+pub(crate) use expand::ExpandArgs;
 pub(crate) use formats::FormatsArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
 pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
+pub(crate) use normalize::NormalizeArgs;
 pub(crate) use rank::RankArgs;
 pub(crate) use resize::{ResizeArgs, ResizeMethod};
 pub(crate) use sample::SampleArgs;
@@ -93,7 +97,9 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     Compose(ComposeArgs),
     Resize(ResizeArgs),
+    Normalize(NormalizeArgs),
     Scale(ScaleArgs),
+    Expand(ExpandArgs),
     Diff(DiffArgs),
     Sample(SampleArgs),
     Formats(FormatsArgs),

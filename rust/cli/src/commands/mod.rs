@@ -5,8 +5,10 @@ mod compose;
 mod convert;
 mod detect;
 mod diff;
+mod expand;
 mod formats;
 mod inspect;
+mod normalize;
 mod resize;
 mod sample;
 mod scale;
@@ -45,8 +47,10 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Check(args) => check::run(args, &mut context),
         Command::Convert(args) => convert::run(args, &mut context),
         Command::Compose(args) => compose::run(args, &mut context),
+        Command::Normalize(args) => normalize::run(args, &mut context),
         Command::Resize(args) => resize::run(args, &mut context),
         Command::Scale(args) => scale::run(args, &mut context),
+        Command::Expand(args) => expand::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
         Command::Sample(args) => sample::run(args, &mut context),
         Command::Formats(_) => formats::run(&mut context),

@@ -1,4 +1,4 @@
-//! LoHa and LoKr as plain LoRA, exactly.
+//! LoHa and LoKr as plain LoRA, exactly, convolutions and Tucker cores included.
 //!
 //! LoHa: (w1_a w1_b) * (w2_a w2_b) = up down, where column (p, q) of `up` is the product of column p of w1_a and column
 //! q of w2_a, and row (p, q) of `down` that of row p of w1_b and row q of w2_b. LoKr: kron(p1 q1, p2 q2) =
@@ -9,26 +9,42 @@ use std::collections::BTreeMap;
 
 use super::module::refuse;
 use super::{Kind, Module, Refusal, Slot};
+use crate::cast::common_dtype;
 use crate::dtype::Dtype;
+use crate::linalg::{Matrix, svd};
 use crate::tensor::{Pairing, Tensor};
+
+/// Stored factors up to this size are searched for ranks that they do not have, wherever a plain form is made. Larger
+/// ones only where that was asked for.
+const SMALL: usize = 64;
 
 impl Module {
     /// The same delta as a plain LoRA of the rank that its factors give, if that is at most `max_rank`. Every element
-    /// of a factor is one product of two stored numbers, rounded once. What is plain already comes back as it is.
+    /// of a factor is one product of two stored numbers, rounded once. What is plain already comes back as it is, a
+    /// Tucker core is multiplied into its factor.
     pub fn expanded(&self, max_rank: usize) -> Result<Module, Refusal> {
+        self.plain(max_rank, SMALL)
+    }
+
+    /// The same, with the lowest rank that is exact: both Kronecker factors are searched for missing ranks by their
+    /// singular values, which costs the cube of their shorter sides. Numbers of a factor that has fewer ranks than it
+    /// could have are computed in float64 and rounded once in the product.
+    pub fn expanded_fully(&self) -> Result<Module, Refusal> {
+        self.plain(usize::MAX, usize::MAX)
+    }
+
+    fn plain(&self, max_rank: usize, searched: usize) -> Result<Module, Refusal> {
         if !matches!(self.kind, Kind::Loha | Kind::Lokr) {
-            return Ok(self.clone());
+            return Ok(if self.kind == Kind::Lora { self.flattened() } else { self.clone() });
         }
         if self.is_dora() {
             return refuse("is DoRA, which needs the base weights");
         }
-        if [Slot::HadaT1, Slot::HadaT2, Slot::LokrT2].iter().any(|s| self.get(*s).is_some()) {
-            return refuse("has a Tucker core, which has no plain form here");
-        }
+        let flat = self.flattened();
         let missing = || Refusal("lacks a factor".to_owned());
         let (up, down) = match self.kind {
-            Kind::Loha => self.hadamard(max_rank).ok_or_else(missing)??,
-            _ => self.kronecker(max_rank).ok_or_else(missing)??,
+            Kind::Loha => flat.hadamard(max_rank).ok_or_else(missing)??,
+            _ => flat.kronecker(max_rank, searched).ok_or_else(missing)??,
         };
         let mut tensors = BTreeMap::from([(Slot::Down, down), (Slot::Up, up)]);
         tensors.extend(self.get(Slot::DiffB).map(|bias| (Slot::DiffB, bias.clone())));
@@ -40,29 +56,65 @@ impl Module {
         Ok(out)
     }
 
-    fn hadamard(&self, max_rank: usize) -> Option<Result<(Tensor, Tensor), Refusal>> {
+    /// The widest type among the factors.
+    pub fn factor_dtype(&self) -> Dtype {
+        let factors = self.tensors.iter().filter(|(slot, _)| slot.kind() == Some(self.kind));
+        factors.map(|(_, t)| t.dtype()).reduce(common_dtype).unwrap_or(Dtype::F32)
+    }
+
+    /// Down in the shape of the convolution that its module is, if it is one.
+    pub fn kernel_shaped(&self, down: Tensor) -> Tensor {
+        let kernel = self.kernel();
+        let size: usize = kernel.iter().product();
+        if kernel.is_empty() || size == 0 || !down.cols().is_multiple_of(size) {
+            return down;
+        }
+        let shape = [&[down.rows(), down.cols() / size], kernel].concat();
+        down.reshaped(shape)
+    }
+
+    /// Of a LoHa without cores: up (out, rank^2) and down (rank^2, in).
+    pub fn khatri_rao(&self) -> Option<(Tensor, Tensor)> {
         let [w1a, w1b] = [self.get(Slot::HadaW1A)?, self.get(Slot::HadaW1B)?];
         let [w2a, w2b] = [self.get(Slot::HadaW2A)?, self.get(Slot::HadaW2B)?];
-        Some(self.within(w1b.rows() * w2b.rows(), max_rank).map(|()| {
-            let up = Tensor::product(w1a, w2a, Pairing::Same, Pairing::Cross);
-            (up, Tensor::product(w1b, w2b, Pairing::Cross, Pairing::Same))
-        }))
+        let up = Tensor::product(w1a, w2a, Pairing::Same, Pairing::Cross);
+        Some((up, self.kernel_shaped(Tensor::product(w1b, w2b, Pairing::Cross, Pairing::Same))))
     }
 
-    fn kronecker(&self, max_rank: usize) -> Option<Result<(Tensor, Tensor), Refusal>> {
-        let (p1, q1) = self.factor(Slot::LokrW1, Slot::LokrW1A, Slot::LokrW1B)?;
-        let (p2, q2) = self.factor(Slot::LokrW2, Slot::LokrW2A, Slot::LokrW2B)?;
+    fn hadamard(&self, max_rank: usize) -> Option<Result<(Tensor, Tensor), Refusal>> {
+        let (up, down) = self.khatri_rao()?;
+        Some(self.within(down.rows(), max_rank).map(|()| (up, down)))
+    }
+
+    fn kronecker(&self, max_rank: usize, searched: usize) -> Option<Result<(Tensor, Tensor), Refusal>> {
+        let (p1, q1) = self.factor(Slot::LokrW1, Slot::LokrW1A, Slot::LokrW1B, searched)?;
+        let (p2, q2) = self.factor(Slot::LokrW2, Slot::LokrW2A, Slot::LokrW2B, searched)?;
+        let dtype = self.factor_dtype();
         Some(self.within(q1.rows() * q2.rows(), max_rank).map(|()| {
-            let kron = |a: &Tensor, b: &Tensor| Tensor::product(a, b, Pairing::Cross, Pairing::Cross);
-            (kron(&p1, &p2), kron(&q1, &q2))
+            let kron = |a: &Tensor, b: &Tensor| Tensor::product(a, b, Pairing::Cross, Pairing::Cross).cast(dtype);
+            (kron(&p1, &p2), self.kernel_shaped(kron(&q1, &q2)))
         }))
     }
 
-    /// A Kronecker factor as a product: as it is stored, or with the identity on its shorter side.
-    fn factor(&self, whole: Slot, left: Slot, right: Slot) -> Option<(Tensor, Tensor)> {
+    /// A Kronecker factor as a product: as it is stored, or with the identity on its shorter side, or of its singular
+    /// vectors where it has fewer ranks than that. A factor of zeros keeps one.
+    fn factor(&self, whole: Slot, left: Slot, right: Slot, searched: usize) -> Option<(Tensor, Tensor)> {
         let Some(w) = self.get(whole) else {
             return Some((self.get(left)?.clone(), self.get(right)?.clone()));
         };
+        let short = w.rows().min(w.cols());
+        if short > 1
+            && short <= searched
+            && let Some(found) = svd(&w.to_matrix())
+        {
+            let rank = numeric_rank(&found.s, w.rows().max(w.cols())).max(1);
+            if rank < short {
+                let roots: Vec<f64> = found.s[..rank].iter().map(|s| s.sqrt()).collect();
+                let side = |m: &Matrix| m.first_cols(rank).scaled_cols(&roots);
+                let (p, q) = (side(&found.u), side(&found.v).transposed());
+                return Some((Tensor::of_matrix(&p, Dtype::F64), Tensor::of_matrix(&q, Dtype::F64)));
+            }
+        }
         Some(match w.rows() < w.cols() {
             true => (identity(w.rows(), w.dtype()), w.clone()),
             false => (w.clone(), identity(w.cols(), w.dtype())),
@@ -74,10 +126,17 @@ impl Module {
             return Ok(());
         }
         refuse(format!(
-            "is {}, whose exact plain form has rank {rank}; `--max-rank {rank}` accepts it (the limit is {max_rank})",
+            "is {}, whose exact plain form has rank {rank}; `--max-rank {rank}` accepts it (the limit is {max_rank}), \
+             `lorafmt expand --rank N` takes the best of rank N",
             self.kind.name()
         ))
     }
+}
+
+/// How many singular values are more than rounding of the first.
+fn numeric_rank(s: &[f64], side: usize) -> usize {
+    let floor = s.first().map_or(0.0, |first| first * f64::EPSILON * side.max(8) as f64);
+    s.iter().filter(|s| **s > floor).count()
 }
 
 fn identity(n: usize, dtype: Dtype) -> Tensor {

@@ -6,6 +6,7 @@
 mod expand;
 mod join;
 mod module;
+mod tucker;
 
 pub(crate) use module::rank_of;
 pub use module::{AlphaSource, Module, Refusal};

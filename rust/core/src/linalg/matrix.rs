@@ -1,6 +1,7 @@
 //! A dense matrix, and its factorisations.
 
 use faer::linalg::matmul::matmul;
+use faer::linalg::solvers::Solve;
 use faer::{Accum, Mat, MatMut, MatRef, Par, Side};
 
 /// A dense float64 matrix, row by row.
@@ -150,6 +151,12 @@ impl Matrix {
         self.data.iter().all(|x| x.is_finite())
     }
 
+    /// The x with `self @ x = right`, by LU with partial pivoting; `self` is square and not singular.
+    #[must_use]
+    pub fn solve(&self, right: &Matrix) -> Self {
+        from_faer(self.view().partial_piv_lu().solve(right.view()).as_ref())
+    }
+
     /// The Q of a thin Householder QR factorisation: orthonormal columns, `rows` x `min(rows, cols)`.
     #[must_use]
     pub fn orthonormalised(&self) -> Self {
@@ -258,6 +265,12 @@ mod tests {
             assert!(distance(&vectors.clone().scaled_cols(&values).times_transpose(&vectors), &g) < 1e-12);
         }
         assert!(svd(&Matrix::new(1, 1, vec![f64::NAN])).is_none());
+    }
+
+    #[test]
+    fn solves() {
+        let (a, x) = (noise(5, 5, 3), noise(5, 2, 4));
+        assert!(distance(&a.solve(&a.times(&x)), &x) < 1e-10);
     }
 
     #[test]

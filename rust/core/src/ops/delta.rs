@@ -7,11 +7,14 @@ use crate::tensor::Tensor;
 
 /// Rows and columns of the delta; `None` for kinds that have none without base weights.
 pub fn shape(module: &Module) -> Option<(usize, usize)> {
+    if module.has_core() {
+        return shape(&module.flattened());
+    }
     let dims = |slot: Slot| module.get(slot).map(|t| (t.rows(), t.cols()));
     match module.kind {
         Kind::Lora => Some((dims(Slot::Up)?.0, dims(Slot::Down)?.1)),
-        Kind::Loha if module.get(Slot::HadaT1).is_none() => Some((dims(Slot::HadaW1A)?.0, dims(Slot::HadaW1B)?.1)),
-        Kind::Lokr if module.get(Slot::LokrT2).is_none() => {
+        Kind::Loha => Some((dims(Slot::HadaW1A)?.0, dims(Slot::HadaW1B)?.1)),
+        Kind::Lokr => {
             let w1 = dims(Slot::LokrW1).or_else(|| Some((dims(Slot::LokrW1A)?.0, dims(Slot::LokrW1B)?.1)))?;
             let w2 = dims(Slot::LokrW2).or_else(|| Some((dims(Slot::LokrW2A)?.0, dims(Slot::LokrW2B)?.1)))?;
             Some((w1.0 * w2.0, w1.1 * w2.1))
@@ -24,19 +27,17 @@ pub fn shape(module: &Module) -> Option<(usize, usize)> {
 /// Some rows of the delta, row by row, in float64.
 ///
 /// LoRA: scale * up @ down. LoHa: scale * (w1_a w1_b) * (w2_a w2_b) elementwise. LoKr: scale * kron(w1, w2)
-/// (formulas: LyCORIS, `lycoris/functional`). DoRA's magnitude is not part of it: it needs the base weight.
+/// (formulas: LyCORIS, `lycoris/functional`); Tucker cores as in [`Module::flattened`]. DoRA's magnitude is not part of it: it needs the base weight.
 /// `None` where [`shape`] is.
 pub fn delta_rows(module: &Module, rows: Range<usize>) -> Option<Vec<f64>> {
+    if module.has_core() {
+        return delta_rows(&module.flattened(), rows);
+    }
     let (_, cols) = shape(module)?;
     let t = |slot: Slot| module.get(slot);
     let scale = module.scale;
     match module.kind {
-        Kind::Lora => {
-            if t(Slot::Mid).is_some() {
-                return None;
-            }
-            Some(product(t(Slot::Up)?, t(Slot::Down)?, rows, scale))
-        }
+        Kind::Lora => Some(product(t(Slot::Up)?, t(Slot::Down)?, rows, scale)),
         Kind::Loha => {
             let mut out = product(t(Slot::HadaW1A)?, t(Slot::HadaW1B)?, rows.clone(), scale);
             let other = product(t(Slot::HadaW2A)?, t(Slot::HadaW2B)?, rows, 1.0);

@@ -4,6 +4,7 @@
 //! Rectangles that come to lie beside each other again, as they were in their input, merge: so fusing what was split
 //! is recognised as a plain copy, without a rule for it. Nothing is computed before [`Tensor::read`].
 
+mod contract;
 mod derived;
 mod linear;
 mod piece;
