@@ -7,7 +7,9 @@ mod convert;
 mod detect;
 mod diff;
 mod expand;
+mod extract;
 mod formats;
+mod fuse;
 mod inspect;
 mod man;
 mod native;
@@ -17,6 +19,7 @@ mod resize;
 mod sample;
 mod scale;
 mod strength;
+mod unfuse;
 mod writing;
 
 use std::ffi::{OsStr, OsString};
@@ -32,7 +35,9 @@ pub(crate) use convert::ConvertArgs;
 pub(crate) use detect::DetectArgs;
 pub(crate) use diff::DiffArgs;
 pub(crate) use expand::ExpandArgs;
+pub(crate) use extract::ExtractArgs;
 pub(crate) use formats::FormatsArgs;
+pub(crate) use fuse::FuseArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
 pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
@@ -42,6 +47,7 @@ pub(crate) use resize::{ResizeArgs, ResizeMethod};
 pub(crate) use sample::SampleArgs;
 pub(crate) use scale::ScaleArgs;
 pub(crate) use strength::{Assignment, Places};
+pub(crate) use unfuse::UnfuseArgs;
 pub(crate) use writing::{DtypeArg, LossyArg, UnknownArg, Writing};
 
 const EXAMPLES: &str = "\
@@ -100,6 +106,9 @@ pub(crate) enum Command {
     Normalize(NormalizeArgs),
     Scale(ScaleArgs),
     Expand(ExpandArgs),
+    Fuse(FuseArgs),
+    Unfuse(UnfuseArgs),
+    Extract(ExtractArgs),
     Diff(DiffArgs),
     Sample(SampleArgs),
     Formats(FormatsArgs),

@@ -59,9 +59,7 @@ pub(super) fn copied(from: &Path, to: &Path, control: &Control) -> Result<Pendin
 pub(super) enum Role {
     /// A shard, by its number.
     Shard(usize),
-    /// The index of a group, by its number.
-    Index(usize),
-    /// Something else that belongs to the checkpoint: a configuration.
+    /// Something else that belongs to the checkpoint: an index, a configuration.
     Other,
 }
 
@@ -103,13 +101,13 @@ pub(super) fn listing(files: &Files) -> Result<(Vec<(PathBuf, Role)>, Vec<PathBu
 /// What a file is; `None` for weights that are none of the checkpoint's, in a folder where those are.
 fn role(files: &Files, folder: &Path, name: &str) -> Option<Role> {
     let mut shard = 0;
-    for (number, group) in files.groups.iter().enumerate() {
+    for group in &files.groups {
         if group.folder == folder {
             if let Some(at) = group.files.iter().position(|f| f == name) {
                 return Some(Role::Shard(shard + at));
             }
             if group.index.as_ref().is_some_and(|i| i.name == name) {
-                return Some(Role::Index(number));
+                return Some(Role::Other);
             }
         }
         shard += group.files.len();

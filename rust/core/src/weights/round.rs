@@ -1,8 +1,6 @@
 //! Float64 into an element type, rounded once: to the nearest, or up and down by chance.
 
-use half::f16;
-
-use crate::dtype::{Dtype, f8e4m3_to_f32, f8e5m2_to_f32, odd_f32, read_f64, round_bf16, round_f16};
+use crate::dtype::{Dtype, odd_f32, round_bf16, round_f16};
 use crate::random::Counter;
 
 /// How numbers are rounded.
@@ -122,34 +120,12 @@ fn coded(values: &[f64], format: &Format, out: &mut [u8], code: impl Fn(usize, f
     outside
 }
 
-/// Elements as float64, exactly.
-pub(crate) fn load(dtype: Dtype, bytes: &[u8], out: &mut [f64]) {
-    match dtype {
-        Dtype::BF16 => {
-            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *o = f64::from(f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
-            }
-        }
-        Dtype::F16 => {
-            out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f64());
-        }
-        Dtype::F32 => {
-            out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(o, b)| *o = f64::from(f32::from_le_bytes(*b)));
-        }
-        Dtype::F8E4M3 | Dtype::F8E5M2 => {
-            let one: fn(u8) -> f32 = if dtype == Dtype::F8E4M3 { f8e4m3_to_f32 } else { f8e5m2_to_f32 };
-            let table: [f64; 256] = std::array::from_fn(|code| f64::from(one(code as u8)));
-            out.iter_mut().zip(bytes).for_each(|(o, b)| *o = table[usize::from(*b)]);
-        }
-        _ => out.iter_mut().zip(bytes.chunks_exact(dtype.size())).for_each(|(o, b)| *o = read_f64(dtype, b)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::dtype::read_f64;
 
     fn codes(dtype: Dtype) -> Vec<(u32, f64)> {
         let size = dtype.size();

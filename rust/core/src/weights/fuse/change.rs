@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::kind::{Kind, Module, Slot};
 use crate::linalg::Matrix;
 use crate::ops;
+use crate::ops::Based;
 use crate::tensor::Tensor;
 
 /// A difference to a parameter, or its replacement.
@@ -14,6 +15,8 @@ pub(super) enum Change {
     Factors { scale: f64, up: Tensor, down: Matrix, times: Option<(Tensor, Matrix)> },
     /// `scale * kron(w1, w2)`.
     Kronecker { scale: f64, w1: Matrix, w2: Matrix },
+    /// What says its difference only together with the weight, times a strength.
+    Based { strength: f64, based: Based },
     /// A stored difference.
     Stored(Tensor),
     /// Takes the parameter's place.
@@ -27,10 +30,9 @@ impl Change {
         let tucker = [Slot::HadaT1, Slot::HadaT2, Slot::LokrT2].iter().any(|s| module.get(*s).is_some());
         let size = |slot: Slot| module.get(slot).map(|t| (t.rows(), t.cols()));
         match module.kind {
-            _ if module.is_dora() => Err("is DoRA, which depends on the base weight".to_owned()),
-            Kind::Oft | Kind::Glora | Kind::Ia3 => {
-                Err(format!("is {}, which depends on the base weight", module.kind.name()))
-            }
+            // Asked of the weight itself.
+            Kind::Oft | Kind::Glora | Kind::Ia3 => Ok(None),
+            _ if Based::needs_weight(module) => Ok(None),
             _ if tucker => Err(format!("is {} with a Tucker core", module.kind.name())),
             Kind::Lora => match (ops::shape(module), module.get(Slot::Mid), module.get(Slot::Down)) {
                 (Some((rows, cols)), Some(core), Some(down)) => {
@@ -89,12 +91,9 @@ impl Change {
         match self {
             Change::Factors { up, down, .. } => (up.rows(), down.cols()),
             Change::Kronecker { w1, w2, .. } => (w1.rows() * w2.rows(), w1.cols() * w2.cols()),
+            Change::Based { based, .. } => based.shape(),
             Change::Stored(tensor) | Change::Replaced(tensor) => (tensor.rows(), tensor.cols()),
         }
-    }
-
-    pub(super) fn replaces(&self) -> bool {
-        matches!(self, Change::Replaced(_))
     }
 
     /// Adds some rows of the difference; a difference of fewer columns is one of the first.
@@ -121,6 +120,7 @@ impl Change {
                     }
                 }
             }
+            Change::Based { strength, based } => add_lines(*strength, &based.rows(rows), based.shape().1, out),
             Change::Stored(tensor) => add_lines(1.0, &tensor.rows_f64(rows), tensor.cols(), out),
             // Not a difference: whoever has the base weights takes its rows instead.
             Change::Replaced(_) => {}

@@ -7,10 +7,13 @@ use super::change::Change;
 use crate::adapter::{ModuleKey, Placed};
 use crate::compose::{Composition, Ledger};
 use crate::error::{Code, Error, Result};
-use crate::kind::{Module, Slot};
+use crate::kind::{Module, Refusal, Slot};
+use crate::ops::Based;
+use crate::ops::expand::weight_of;
 use crate::plan::Fate;
 use crate::report::Warning;
 use crate::table::Op;
+use crate::tensor::Tensor;
 use crate::weights::Checkpoint;
 use crate::weights::checkpoint::At;
 use crate::weights::names::Leaf;
@@ -36,11 +39,35 @@ pub(super) struct Touched {
     pub(super) claims: Vec<Claim>,
 }
 
+/// An adapter module at its strength.
+#[derive(Debug)]
+pub(super) struct Piece {
+    /// What messages call it.
+    pub(super) name: String,
+    pub(super) module: Module,
+    /// For a kind that says its difference only together with the weight: the weight, and the strength.
+    based: Option<(Tensor, f64)>,
+}
+
+impl Piece {
+    /// What it does to a parameter.
+    pub(super) fn change(&self, leaf: Leaf) -> Option<Change> {
+        match (leaf, &self.based) {
+            (Leaf::Bias, _) => Change::on_bias(&self.module),
+            (Leaf::Weight, None) => Change::on_weight(&self.module),
+            (Leaf::Weight, Some((weight, strength))) => {
+                // It was tried when the module was taken in.
+                let based = Based::new(&self.module, weight).ok()?;
+                Some(Change::Based { strength: *strength, based })
+            }
+        }
+    }
+}
+
 /// What a composition does to a checkpoint.
 #[derive(Debug, Default)]
 pub(super) struct Claims {
-    /// Modules at their strengths, with what messages call them.
-    pub(super) modules: Vec<(String, Module)>,
+    pub(super) modules: Vec<Piece>,
     /// In the order of the checkpoint's tensors.
     pub(super) touched: Vec<Touched>,
 }
@@ -63,7 +90,7 @@ struct Gatherer<'a, 'c> {
     checkpoint: &'a Checkpoint,
     ledger: &'a mut Ledger<'c>,
     lossy: bool,
-    modules: Vec<(String, Module)>,
+    modules: Vec<Piece>,
     touched: BTreeMap<(usize, usize), Touched>,
 }
 
@@ -90,8 +117,8 @@ pub(super) fn gather(
 }
 
 /// A parameter that one adapter replaces is left alone by all others, or replaced by the same numbers.
-fn replaced_once(checkpoint: &Checkpoint, modules: &[(String, Module)], touched: &mut Touched) -> Result<()> {
-    let set = |c: &Claim| modules[c.module].1.get(Slot::Set);
+fn replaced_once(checkpoint: &Checkpoint, modules: &[Piece], touched: &mut Touched) -> Result<()> {
+    let set = |c: &Claim| modules[c.module].module.get(Slot::Set);
     let Some(first) = touched.claims.iter().find_map(set) else { return Ok(()) };
     if touched.claims.iter().all(|c| set(c).is_some_and(|other| other.same_as(first))) {
         touched.claims.truncate(1);
@@ -100,7 +127,7 @@ fn replaced_once(checkpoint: &Checkpoint, modules: &[(String, Module)], touched:
     let key = checkpoint.key(checkpoint.parameters()[touched.parameter].at);
     let message = format!(
         "`{}` is replaced by one adapter and changed by another (`{key}` of the base)",
-        modules[touched.claims[0].module].0
+        modules[touched.claims[0].module].name
     );
     Err(Error::new(Code::IncompatibleModules, message).hint("fuse without one of them"))
 }
@@ -111,16 +138,29 @@ impl Gatherer<'_, '_> {
         let name = adapter.display(key);
         // A strength of zero asks for nothing, whatever the kind is.
         let strength = self.ledger.composition.terms()[term].strength_of(key);
+        let needs_weight = strength != 0.0 && Based::needs_weight(&placed.module);
         let weight = if strength == 0.0 { Ok(None) } else { Change::size_on_weight(&placed.module) };
-        let weight = match weight {
+        let mut weight = match weight {
             Ok(weight) => weight,
             Err(reason) => {
-                let hint = "`lorafmt expand --base-weights` makes it a plain LoRA; `--lossy allow` leaves it out";
+                let hint = "`lorafmt expand` makes it a plain LoRA; `--lossy allow` leaves it out";
                 let error = Error::new(Code::UnsupportedKind, format!("`{name}` {reason}")).hint(hint);
                 return self.lose(term, &name, placed, error);
             }
         };
-        let Some(module) = self.ledger.strengthened(term, key, placed)? else { return Ok(()) };
+        let mut based = None;
+        let module = match needs_weight {
+            false => self.ledger.strengthened(term, key, placed)?,
+            true => match self.on_weight(term, key, placed) {
+                Ok(found) => {
+                    weight = Some((found.rows(), found.cols()));
+                    based = Some((found, strength));
+                    Some(self.at_strength(term, placed, strength))
+                }
+                Err(error) => return self.lose(term, &name, placed, error),
+            },
+        };
+        let Some(module) = module else { return Ok(()) };
         let sizes = [(Leaf::Weight, weight), (Leaf::Bias, Change::on_bias(&module).map(|c| c.size()))];
         let mut found = Vec::new();
         for (leaf, size) in sizes {
@@ -133,13 +173,36 @@ impl Gatherer<'_, '_> {
         self.ledger.mark(&module, Fate::Used);
         self.ledger.alpha.add(module.alpha_source);
         let number = self.modules.len();
-        self.modules.push((name, module));
+        self.modules.push(Piece { name, module, based });
         for (parameter, claim) in found {
             let at = self.checkpoint.parameters()[parameter].at;
             let touched = self.touched.entry(at).or_insert_with(|| Touched { parameter, claims: Vec::new() });
             touched.claims.push(Claim { module: number, ..claim });
         }
         Ok(())
+    }
+
+    /// The weight that a module says its difference together with.
+    fn on_weight(&self, term: usize, key: &ModuleKey, placed: &Placed) -> Result<Tensor> {
+        let adapter = self.ledger.composition.terms()[term].adapter;
+        let name = adapter.display(key);
+        let weight = weight_of(adapter, self.checkpoint, key, &placed.address);
+        let weight = weight.ok_or_else(|| missing(&name, "weight"))?;
+        match Based::new(&placed.module, &weight) {
+            Ok(_) => Ok(weight),
+            Err(Refusal(reason)) => Err(Error::new(Code::UnsupportedKind, format!("`{name}` {reason}"))),
+        }
+    }
+
+    /// A module whose kind is not linear in a strength, with its tensors numbered over all sources; of its bias, which
+    /// is, the strength.
+    fn at_strength(&self, term: usize, placed: &Placed, strength: f64) -> Module {
+        let mut module = placed.module.clone();
+        module.inputs.iter_mut().for_each(|i| *i = self.ledger.composition.terms()[term].number(*i));
+        if let Some(bias) = module.tensors.remove(&Slot::DiffB) {
+            module.tensors.insert(Slot::DiffB, bias.scaled(strength));
+        }
+        module
     }
 
     /// The rows of base tensors that a parameter of a module stands for: one place for each of its canonical modules.
@@ -162,9 +225,7 @@ impl Gatherer<'_, '_> {
             let path = row.canonical[part].render(&placed.address.variables);
             let what = if leaf == Leaf::Bias { "bias" } else { "weight" };
             let Some(held) = self.checkpoint.held(key.component, &path, leaf) else {
-                let message = format!("the base has no {what} for `{name}`");
-                let hint = "name a base that has it (a pipeline's folder has all components), or add `--lossy allow`";
-                return Err(Error::new(Code::UnsupportedModule, message).hint(hint));
+                return Err(missing(&name, what));
             };
             let parameter = self.checkpoint.parameter(held);
             let base_key = self.checkpoint.key(parameter.at);
@@ -214,4 +275,9 @@ impl Gatherer<'_, '_> {
         self.ledger.lost.push(name.to_owned());
         Ok(())
     }
+}
+
+fn missing(name: &str, what: &str) -> Error {
+    let hint = "name a base that has it (a pipeline's folder has all components), or add `--lossy allow`";
+    Error::new(Code::MissingWeight, format!("the base has no {what} for `{name}`")).hint(hint)
 }

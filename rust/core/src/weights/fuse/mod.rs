@@ -157,7 +157,7 @@ fn planned(checkpoint: &Checkpoint, claims: &Claims, ledger: Ledger<'_>) -> Fuse
     let shards = checkpoint.shards();
     let touched = |t: &Touched| {
         let at = checkpoint.parameters()[t.parameter].at;
-        let mut modules: Vec<String> = t.claims.iter().map(|c| claims.modules[c.module].0.clone()).collect();
+        let mut modules: Vec<String> = t.claims.iter().map(|c| claims.modules[c.module].name.clone()).collect();
         modules.sort();
         modules.dedup();
         FusedTensor {
@@ -238,7 +238,7 @@ impl<'a> Job<'a> {
         output: &'a Path,
         control: &'a Control,
     ) -> Result<Self> {
-        let storing = Storing { seed: options.stochastic, rescale: options.rescale };
+        let storing = Storing { seed: options.stochastic };
         let fused = |t: &Term<'_>| json!({"name": t.name, "strength": t.strength.to_json(), "sha256": t.adapter.source.sha256()});
         let fused = composition.terms().iter().map(fused).collect();
         let write = WriteOptions { overwrite: options.overwrite };
@@ -297,7 +297,7 @@ impl<'a> Job<'a> {
         for (relative, role) in listed {
             match role {
                 Role::Shard(number) => shards.push((number, relative)),
-                Role::Index(_) | Role::Other => others.push(relative),
+                Role::Other => others.push(relative),
             }
         }
         shards.sort();

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use super::change::Change;
 use super::claims::{Claim, Claims, Touched};
+use crate::cast::load;
 use crate::dtype::{Dtype, read_f64};
 use crate::io::Source;
 use crate::linalg::Matrix;
 use crate::weights::Checkpoint;
 use crate::weights::checkpoint::At;
-use crate::weights::names::Leaf;
-use crate::weights::round::{Rounding, load, store};
+use crate::weights::round::{Rounding, store};
 
 /// Elements that one thread computes at a time: 2 MiB of float64.
 const TILE: usize = 1 << 18;
@@ -71,11 +71,7 @@ impl<'a> Work<'a> {
         let parameter = &checkpoint.parameters()[touched.parameter];
         let whole = checkpoint.whole(parameter);
         let change = |claim: &Claim| {
-            let module = &claims.modules[claim.module].1;
-            let change = match parameter.leaf {
-                Leaf::Weight => Change::on_weight(module),
-                Leaf::Bias => Change::on_bias(module),
-            };
+            let change = claims.modules[claim.module].change(parameter.leaf);
             change.map(|change| (claim.clone(), change))
         };
         let number = |(shard, tensor): At| {

@@ -25,8 +25,6 @@ use crate::weights::undo::Recorder;
 pub(super) struct Storing {
     /// Rounds by chance, from this seed.
     pub(super) seed: Option<u64>,
-    /// Gives FP8 tensors with a scale a new one.
-    pub(super) rescale: bool,
 }
 
 /// Everything that one file needs.

@@ -181,13 +181,13 @@ fn what_the_base_lacks_is_said() {
         assert!(error.to_string().contains(said), "{error}");
         assert!(!out.exists());
     };
-    fails(&FuseOptions::default(), Code::UnsupportedModule, "blocks.1.attn.k");
+    fails(&FuseOptions::default(), Code::MissingWeight, "blocks.1.attn.k");
     let keep = FuseOptions { unknown: Unknown::Keep, lossy: true, ..FuseOptions::default() };
     fails(&keep, Code::InvalidArgument, "carries no keys");
     let lossy = FuseOptions { lossy: true, ..FuseOptions::default() };
     let report = run(&toy.path("base"), &[(&adapter, 1.0)], &out, &lossy).unwrap();
     assert_eq!((report.tensors.used, report.tensors.dropped), (2, 2));
-    assert!(report.warnings.iter().any(|w| w.code == "unsupported-module"));
+    assert!(report.warnings.iter().any(|w| w.code == "missing-weight"));
     // A base of that name and another shape.
     save(
         &toy.path("base"),

@@ -170,7 +170,7 @@ fn write_folder(
                 Some(restore) => restore.pending(undo, &target, control)?,
                 None => copied(&files.root.join(relative), &target, control)?,
             },
-            Role::Index(_) | Role::Other => copied(&files.root.join(relative), &target, control)?,
+            Role::Other => copied(&files.root.join(relative), &target, control)?,
         };
         pending.commit(WriteOptions::default())?;
     }
