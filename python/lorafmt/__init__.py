@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .reports import AdapterInfo, CheckReport, Detection, DiffReport, Report, Warning
+    from .weights import FuseReport, UnfuseReport, extract, fuse, unfuse
 
 #: Public name -> the module that has it.
 _HOME = {
@@ -49,11 +50,13 @@ _HOME = {
     "DiffReport": "reports",
     "FileError": "exceptions",
     "FormatError": "exceptions",
+    "FuseReport": "weights",
     "InputNotFoundError": "exceptions",
     "LorafmtError": "exceptions",
     "Module": "adapter",
     "OutputExistsError": "exceptions",
     "Report": "reports",
+    "UnfuseReport": "weights",
     "UnsupportedError": "exceptions",
     "UsageError": "exceptions",
     "Warning": "reports",
@@ -64,11 +67,14 @@ _HOME = {
     "detect": "api",
     "diff": "api",
     "expand": "_expand",
+    "extract": "weights",
+    "fuse": "weights",
     "inspect": "api",
     "open": "api",
     "register_table": "api",
     "scale": "api",
     "split": "api",
+    "unfuse": "weights",
 }
 
 __all__ = [
@@ -80,11 +86,13 @@ __all__ = [
     "DiffReport",
     "FileError",
     "FormatError",
+    "FuseReport",
     "InputNotFoundError",
     "LorafmtError",
     "Module",
     "OutputExistsError",
     "Report",
+    "UnfuseReport",
     "UnsupportedError",
     "UsageError",
     "Warning",
@@ -97,12 +105,15 @@ __all__ = [
     "diff",
     "exceptions",
     "expand",
+    "extract",
+    "fuse",
     "inspect",
     "open",
     "register_table",
     "scale",
     "split",
     "torch",
+    "unfuse",
 ]
 
 

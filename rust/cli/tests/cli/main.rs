@@ -18,3 +18,4 @@ mod signals;
 mod sources;
 mod strength;
 mod tables;
+mod weights;
