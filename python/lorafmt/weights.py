@@ -135,9 +135,7 @@ def unfuse(
     """
     paths = (os.fspath(fused), os.fspath(undo), os.fspath(dst))
     d = json.loads(_lorafmt.unfuse(*paths, bool(dry_run), bool(overwrite), progress))
-    return UnfuseReport(
-        d, path=d["path"], bytes=d["bytes"], base=d["base"], tensors=d["tensors"], seconds=d["seconds"]
-    )
+    return UnfuseReport(d, path=d["path"], bytes=d["bytes"], base=d["base"], tensors=d["tensors"], seconds=d["seconds"])
 
 
 @overload
@@ -260,9 +258,7 @@ def _fused(text: str) -> FuseReport:
         path=d["target"]["path"],
         bytes=d["target"]["bytes"],
         family=d["base"]["family"],
-        tensors=reports.TensorCount(
-            count["in"], count["used"], count["carried"], count["dropped"], count["unknown"]
-        ),
+        tensors=reports.TensorCount(count["in"], count["used"], count["carried"], count["dropped"], count["unknown"]),
         modules=d["modules"],
         fused=tuple(tensors),
         gain=d["gain"],

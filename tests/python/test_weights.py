@@ -113,7 +113,9 @@ def test_a_split_base_takes_a_fused_adapter(tmp_path: Path) -> None:
     """diffusers' shards with an adapter over linear1: rows of q, k, v and the MLP."""
     names = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]
     rows = [3072, 3072, 3072, 12288]
-    weights = {f"single_transformer_blocks.2.{n}.weight": weight(r, 3072, "BF16") for n, r in zip(names, rows, strict=True)}
+    weights = {
+        f"single_transformer_blocks.2.{n}.weight": weight(r, 3072, "BF16") for n, r in zip(names, rows, strict=True)
+    }
     folder = tmp_path / "model" / "transformer"
     base_of(folder / "m-00001-of-00002.safetensors", {k: (w, "BF16") for k, w in list(weights.items())[:2]})
     base_of(folder / "m-00002-of-00002.safetensors", {k: (w, "BF16") for k, w in list(weights.items())[2:]})
@@ -136,7 +138,9 @@ def test_any_strength_is_rounded_once(tmp_path: Path) -> None:
     pairs = [factors(3072, 3072, 4), factors(3072, 3072, 6)]
     for i, (up, down) in enumerate(pairs):
         save(tmp_path / f"{i}.safetensors", kohya("double_blocks_1_img_attn_proj", up, down, 2.0))
-    lorafmt.fuse(base, [(tmp_path / "0.safetensors", 0.7), (tmp_path / "1.safetensors", -1.1)], tmp_path / "out.safetensors")
+    lorafmt.fuse(
+        base, [(tmp_path / "0.safetensors", 0.7), (tmp_path / "1.safetensors", -1.1)], tmp_path / "out.safetensors"
+    )
     want = w + 0.7 * 0.5 * (pairs[0][0] @ pairs[0][1]) - 1.1 * 2 / 6 * (pairs[1][0] @ pairs[1][1])
     got = TensorFile(tmp_path / "out.safetensors")["double_blocks.1.img_attn.proj.weight"].astype(np.float64)
     low, high = rounded(want * (1 - 1e-9), "BF16"), rounded(want * (1 + 1e-9), "BF16")
@@ -239,7 +243,10 @@ def test_extract_is_as_good_as_a_dense_decomposition(tmp_path: Path) -> None:
     delta = (RNG.normal(size=(rows, 40)) * decay) @ RNG.normal(size=(40, cols)) * 1e-4
     tuned = rounded(base + delta, "F32")
     base_of(tmp_path / "base.safetensors", {"double_blocks.0.img_attn.qkv.weight": (base, "F32")})
-    parts = {f"transformer_blocks.0.attn.to_{n}.weight": (tuned[i * 3072 : (i + 1) * 3072], "F32") for i, n in enumerate("qkv")}
+    parts = {
+        f"transformer_blocks.0.attn.to_{n}.weight": (tuned[i * 3072 : (i + 1) * 3072], "F32")
+        for i, n in enumerate("qkv")
+    }
     base_of(tmp_path / "tuned.safetensors", parts)
     paths = (tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", tmp_path / "lora.safetensors")
     report = lorafmt.extract(*paths, to="kohya", rank=8, family="flux1")
@@ -265,7 +272,7 @@ def test_errors(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base.safetensors", {"double_blocks.1.img_attn.proj.weight": (w, "BF16")})
     up, down = factors(3072, 3072, 2)
     save(tmp_path / "a.safetensors", kohya("double_blocks_2_img_attn_proj", up, down, 8.0))
-    with pytest.raises(lorafmt.UnsupportedError, match="transformer_blocks.2") as raised:
+    with pytest.raises(lorafmt.UnsupportedError, match=r"transformer_blocks\.2") as raised:
         lorafmt.fuse(base, [tmp_path / "a.safetensors"], tmp_path / "out.safetensors")
     assert raised.value.code == "missing-weight" and raised.value.key
     with pytest.raises(lorafmt.LorafmtError) as raised:
