@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import exceptions, torch
+    from ._checkpoints import FuseReport, UnfuseReport, extract, fuse, unfuse
     from ._expand import expand
     from ._lorafmt import __version__
     from ._resize import normalize, resize
@@ -51,11 +52,13 @@ _HOME = {
     "DiffReport": "reports",
     "FileError": "exceptions",
     "FormatError": "exceptions",
+    "FuseReport": "_checkpoints",
     "InputNotFoundError": "exceptions",
     "LorafmtError": "exceptions",
     "Module": "adapter",
     "OutputExistsError": "exceptions",
     "Report": "reports",
+    "UnfuseReport": "_checkpoints",
     "UnsupportedError": "exceptions",
     "UsageError": "exceptions",
     "Warning": "reports",
@@ -67,6 +70,8 @@ _HOME = {
     "detect": "api",
     "diff": "api",
     "expand": "_expand",
+    "extract": "_checkpoints",
+    "fuse": "_checkpoints",
     "inspect": "api",
     "normalize": "_resize",
     "open": "api",
@@ -74,6 +79,7 @@ _HOME = {
     "resize": "_resize",
     "scale": "api",
     "split": "api",
+    "unfuse": "_checkpoints",
 }
 
 __all__ = [
@@ -85,11 +91,13 @@ __all__ = [
     "DiffReport",
     "FileError",
     "FormatError",
+    "FuseReport",
     "InputNotFoundError",
     "LorafmtError",
     "Module",
     "OutputExistsError",
     "Report",
+    "UnfuseReport",
     "UnsupportedError",
     "UsageError",
     "Warning",
@@ -103,6 +111,8 @@ __all__ = [
     "diff",
     "exceptions",
     "expand",
+    "extract",
+    "fuse",
     "inspect",
     "normalize",
     "open",
@@ -111,6 +121,7 @@ __all__ = [
     "scale",
     "split",
     "torch",
+    "unfuse",
 ]
 
 

@@ -1,8 +1,10 @@
 //! Elements from one type to another, with a factor, rounded once.
 
+use std::sync::LazyLock;
+
 use half::{bf16, f16};
 
-use crate::dtype::{Dtype, f8e4m3_to_f32, f8e5m2_to_f32, read_f64, round_bf16};
+use crate::dtype::{Dtype, f8e4m3_to_f32, f8e5m2_to_f32, odd_f32, read_f64, round_bf16, round_f16};
 
 /// What happened to values on their way into another type.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -96,14 +98,14 @@ fn convert_f64(from: Dtype, source: &[u8], scale: f64, to: Dtype, target: &mut [
             }
             // Straight from float64, so that there is one rounding.
             Dtype::F16 => {
-                let rounded = f16::from_f64(scaled);
+                let rounded = round_f16(scaled);
                 o.copy_from_slice(&rounded.to_le_bytes());
                 rounded.to_f64()
             }
             Dtype::BF16 => {
-                let rounded = bf16::from_f64(scaled);
+                let rounded = round_bf16(odd_f32(scaled));
                 o.copy_from_slice(&rounded.to_le_bytes());
-                rounded.to_f64()
+                bf16::from_bits(rounded).to_f64()
             }
             _ => f64::from(store(scaled as f32, to, o)),
         };
@@ -130,5 +132,31 @@ fn store(value: f32, to: Dtype, out: &mut [u8]) -> f32 {
             value
         }
         other => unreachable!("no arithmetic is ever planned into {}", other.name()),
+    }
+}
+
+/// Elements as float64, exactly (but for 64-bit integers over 2^53). Common types in loops without branches.
+pub(crate) fn load(dtype: Dtype, bytes: &[u8], out: &mut [f64]) {
+    static FP8: LazyLock<[[f64; 256]; 2]> = LazyLock::new(|| {
+        let table = |one: fn(u8) -> f32| std::array::from_fn(|code| f64::from(one(code as u8)));
+        [table(f8e4m3_to_f32), table(f8e5m2_to_f32)]
+    });
+    match dtype {
+        Dtype::BF16 => {
+            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *o = f64::from(f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
+            }
+        }
+        Dtype::F16 => {
+            out.iter_mut().zip(bytes.as_chunks::<2>().0).for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f64());
+        }
+        Dtype::F32 => {
+            out.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(o, b)| *o = f64::from(f32::from_le_bytes(*b)));
+        }
+        Dtype::F8E4M3 | Dtype::F8E5M2 => {
+            let table = &FP8[usize::from(dtype == Dtype::F8E5M2)];
+            out.iter_mut().zip(bytes).for_each(|(o, b)| *o = table[usize::from(*b)]);
+        }
+        _ => out.iter_mut().zip(bytes.chunks_exact(dtype.size())).for_each(|(o, b)| *o = read_f64(dtype, b)),
     }
 }

@@ -244,7 +244,7 @@ pub(crate) struct Ledger<'a> {
     /// Parameters that replace those of the model, by term: they have no strength.
     unscaled: Vec<usize>,
     /// Modules of strength zero, by term.
-    zero: Vec<usize>,
+    pub(crate) zero: Vec<usize>,
 }
 
 impl<'a> Ledger<'a> {
@@ -429,7 +429,7 @@ impl<'a> Ledger<'a> {
     }
 
     /// What becomes of keys that no table knows.
-    fn unknown_keys(&mut self, how: Unknown, outputs: &mut Vec<Output>) -> Result<()> {
+    pub(crate) fn unknown_keys(&mut self, how: Unknown, outputs: &mut Vec<Output>) -> Result<()> {
         let composition = self.composition;
         let mut seen: Vec<&Arc<Source>> = Vec::new();
         for term in &composition.terms {

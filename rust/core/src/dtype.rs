@@ -128,6 +128,22 @@ pub fn round_bf16(value: f32) -> u16 {
     if nan { ((bits >> 16) | 0x40) as u16 } else { (rounded >> 16) as u16 }
 }
 
+/// The float32 beside a float64 whose last bit tells that something was cut off: rounding it further to a type of at
+/// most 22 bits gives what rounding the float64 gives (Boldo and Melquiond 2008, "round to odd").
+pub(crate) fn odd_f32(value: f64) -> f32 {
+    let near = value as f32;
+    let (back, bits) = (f64::from(near), near.to_bits());
+    // Written without branches, so that loops over it become vector code. NaN keeps being one.
+    let inexact = (back != value) & (bits & 1 == 0) & (back == back);
+    let towards = if back.abs() < value.abs() { bits.wrapping_add(1) } else { bits.wrapping_sub(1) };
+    f32::from_bits(if inexact { towards } else { bits })
+}
+
+/// Rounds to float16, once.
+pub(crate) fn round_f16(value: f64) -> f16 {
+    f16::from_f32(odd_f32(value))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,5 +192,20 @@ mod tests {
                 assert_eq!(ours, bf16::from_f32(value).to_bits(), "{value}");
             }
         }
+    }
+
+    /// Just above a tie, by less than float32 shows: rounding by way of float32 would go down.
+    #[test]
+    fn float64_is_rounded_once() {
+        let tie = 1.0 + 2f64.powi(-8);
+        assert_eq!(round_bf16(odd_f32(tie)), bf16::from_f64(1.0).to_bits());
+        assert_eq!(round_bf16(odd_f32(tie.next_up())), bf16::from_f64(1.0 + 2f64.powi(-7)).to_bits());
+        let tie = 1.0 + 2f64.powi(-11);
+        assert_eq!(round_f16(tie).to_f64(), 1.0);
+        assert_eq!(round_f16(tie.next_up()).to_f64(), 1.0 + 2f64.powi(-10));
+        assert_eq!(odd_f32(f64::MAX), f32::MAX);
+        assert!(odd_f32(f64::NAN).is_nan());
+        assert_eq!(odd_f32(-f64::INFINITY), -f32::INFINITY);
+        assert_eq!(odd_f32(0.5), 0.5);
     }
 }

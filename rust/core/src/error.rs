@@ -88,6 +88,7 @@ codes! {
     RankNeeded "rank-needed" Usage "A difference has full rank, and nothing says how much of it is enough." "add `--rank N`, `--energy E` or `--max-error E`";
     InvalidBase "invalid-base" Format "The base holds no quantized layers of the family, or damaged ones." "name the quantized checkpoint itself, such as `svdq-int4_r32-flux.1-dev.safetensors` or its `transformer_blocks.safetensors`";
     WrongBase "wrong-base" Unsupported "The base is another than the adapter was made for, or than was asked for." "a native file fits one checkpoint only: name that one, or convert the original adapter for this one";
+    WrongUndo "wrong-undo" Unsupported "The undo file is of another checkpoint, or damaged." "name the undo file that was written when this very checkpoint was fused";
     InvalidIndex "invalid-index" Format "The index of a sharded checkpoint cannot be read, or does not fit its shards." "download the checkpoint again, all of its files";
     InvalidPacking "invalid-packing" Format "A packed factor has a size that cannot be packed." "the file is damaged; make it again from the original adapter";
     RankTooHigh "rank-too-high" Unsupported "The ranks of a layer exceed what the runtime's kernels can take." "compose fewer adapters, or reduce their ranks first";

@@ -115,14 +115,7 @@ impl Plan {
 
     /// The fates, counted.
     pub fn count(&self) -> TensorCount {
-        let of = |fate: Fate| self.fates.iter().filter(|f| **f == fate).count();
-        TensorCount {
-            input: self.fates.len(),
-            used: of(Fate::Used),
-            carried: of(Fate::Carried),
-            dropped: of(Fate::Dropped),
-            unknown: of(Fate::Unknown),
-        }
+        count(&self.fates)
     }
 
     /// The metadata with its hashes. Reads every byte of the inputs that it has hashes of.
@@ -138,5 +131,17 @@ impl Plan {
     /// The tensor of that key.
     pub fn get(&self, key: &str) -> Option<&Tensor> {
         self.outputs.iter().find(|o| o.key == key).map(|o| &o.tensor)
+    }
+}
+
+/// Fates, counted.
+pub(crate) fn count(fates: &[Fate]) -> TensorCount {
+    let of = |fate: Fate| fates.iter().filter(|f| **f == fate).count();
+    TensorCount {
+        input: fates.len(),
+        used: of(Fate::Used),
+        carried: of(Fate::Carried),
+        dropped: of(Fate::Dropped),
+        unknown: of(Fate::Unknown),
     }
 }

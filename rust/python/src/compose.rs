@@ -18,7 +18,7 @@ use crate::enter::enter;
 use crate::{Adapter, Plan, choices, options, to_json};
 
 /// Adapters with the JSON of their strengths; a single one without strength is converted as it is.
-type Terms = Vec<(Py<Adapter>, Option<String>)>;
+pub(crate) type Terms = Vec<(Py<Adapter>, Option<String>)>;
 
 /// Calls `work` with the composition of the terms, and the options.
 fn composed<T>(
@@ -46,7 +46,7 @@ fn composed<T>(
 }
 
 /// The strength that JSON says, for the family of the adapter.
-fn strength(adapter: &CoreAdapter, given: Option<&str>) -> Result<Strength> {
+pub(crate) fn strength(adapter: &CoreAdapter, given: Option<&str>) -> Result<Strength> {
     let Some(text) = given else { return Ok(Strength::default()) };
     let bad = |e| Error::new(Code::InvalidArgument, format!("a strength of `{text}` makes no sense: {e}"));
     Request::from_json(&serde_json::from_str(text).map_err(bad)?)?.resolve(adapter.family_table())

@@ -9,6 +9,7 @@ mod expand;
 mod options;
 mod resize;
 mod source;
+mod weights;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -303,6 +304,9 @@ fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
 /// The native part of lorafmt. Private: the package's own modules are the interface.
 #[pymodule(gil_used = false)]
 mod _lorafmt {
+
+    #[pymodule_export]
+    use super::weights::{extract, fuse, unfuse};
 
     #[pymodule_export]
     use super::{

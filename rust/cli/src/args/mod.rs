@@ -7,7 +7,9 @@ mod convert;
 mod detect;
 mod diff;
 mod expand;
+mod extract;
 mod formats;
+mod fuse;
 mod inspect;
 mod man;
 mod merge;
@@ -18,6 +20,7 @@ mod resize;
 mod sample;
 mod scale;
 mod strength;
+mod unfuse;
 mod writing;
 
 use std::ffi::{OsStr, OsString};
@@ -33,7 +36,9 @@ pub(crate) use convert::ConvertArgs;
 pub(crate) use detect::DetectArgs;
 pub(crate) use diff::{ByArg, DiffArgs};
 pub(crate) use expand::ExpandArgs;
+pub(crate) use extract::ExtractArgs;
 pub(crate) use formats::FormatsArgs;
+pub(crate) use fuse::FuseArgs;
 pub(crate) use inspect::InspectArgs;
 pub(crate) use man::ManArgs;
 pub(crate) use merge::MergeArgs;
@@ -44,6 +49,7 @@ pub(crate) use resize::{ResizeArgs, ResizeMethod};
 pub(crate) use sample::SampleArgs;
 pub(crate) use scale::ScaleArgs;
 pub(crate) use strength::{Assignment, Places};
+pub(crate) use unfuse::UnfuseArgs;
 pub(crate) use writing::{DtypeArg, LossyArg, UnknownArg, Writing};
 
 const EXAMPLES: &str = "\
@@ -102,6 +108,9 @@ pub(crate) enum Command {
     Normalize(NormalizeArgs),
     Scale(ScaleArgs),
     Expand(ExpandArgs),
+    Fuse(FuseArgs),
+    Unfuse(UnfuseArgs),
+    Extract(ExtractArgs),
     Diff(DiffArgs),
     Sample(SampleArgs),
     Formats(FormatsArgs),

@@ -3,20 +3,19 @@ use lorafmt_core::ops::resize::{Criterion, RankRule};
 
 /// Which rank a module gets.
 #[derive(Debug, Clone, Default, Args)]
-#[command(next_help_heading = "Ranks")]
 pub(crate) struct RankArgs {
     /// The highest rank
-    #[arg(long, value_name = "N")]
+    #[arg(long, help_heading = "Ranks", value_name = "N")]
     pub(crate) rank: Option<usize>,
-    /// The smallest rank that keeps this share of the energy
+    /// What keeps this share of the energy
     ///
-    /// The energy is the sum of the squared singular values of a module; 0.99 is an error of 10 %.
-    #[arg(long, value_name = "E", group = "criterion", allow_negative_numbers = true)]
+    /// The smallest such rank. The energy is the sum of the squared singular values of a module; 0.99 is an error of 10 %.
+    #[arg(long, help_heading = "Ranks", value_name = "E", group = "criterion", allow_negative_numbers = true)]
     pub(crate) energy: Option<f64>,
-    /// The smallest rank whose relative error is at most E
+    /// What has at most this relative error
     ///
-    /// The error is the Frobenius norm of what is lost, relative to that of the module's weight difference.
-    #[arg(long, value_name = "E", group = "criterion", allow_negative_numbers = true)]
+    /// The smallest such rank. The error is the Frobenius norm of what is lost, relative to that of the module's weight difference.
+    #[arg(long, help_heading = "Ranks", value_name = "E", group = "criterion", allow_negative_numbers = true)]
     pub(crate) max_error: Option<f64>,
 }
 

@@ -8,7 +8,6 @@ use super::{Inputs, RankArgs, Reading, Writing};
 const EXAMPLES: &str = "\
 Examples:
   lorafmt resize style.safetensors --rank 16
-  lorafmt resize style.safetensors --energy 0.99 --rank 32
   lorafmt resize style.safetensors --bytes 40MB -o small.safetensors
   lorafmt resize style.safetensors --rank 64 --method pad
   lorafmt resize -r loras --rank 16 --out-dir resized";
@@ -55,19 +54,19 @@ pub(crate) struct ResizeArgs {
         allow_negative_numbers = true
     )]
     pub(crate) sv_cumulative: Option<f64>,
-    /// Spend N bytes where they keep most, over all modules
+    /// N bytes, spent where they keep most
     ///
-    /// The bytes of all factors: 40000000, 40MB, 40MiB. Every module keeps at least one rank.
+    /// The bytes of the factors of all modules together: 40000000, 40MB, 40MiB. Every module keeps at least one rank.
     #[arg(long, help_heading = "Ranks", value_name = "N", conflicts_with_all = ["criterion", "rank", "mean_rank"])]
     pub(crate) bytes: Option<Size>,
-    /// Spend a mean rank of N where it keeps most, over all modules
+    /// A mean rank, spent where it keeps most
     #[arg(long, help_heading = "Ranks", value_name = "N", conflicts_with_all = ["criterion", "rank"],
         allow_negative_numbers = true)]
     pub(crate) mean_rank: Option<f64>,
     /// Rank N for modules that match (repeatable)
     ///
     /// A selector as for `--block` of `lorafmt compose`; of several that match the last one counts.
-    #[arg(long, help_heading = "Ranks", value_name = "SELECTOR=N")]
+    #[arg(long, help_heading = "Ranks", value_name = "SELECTOR=N", hide_short_help = true)]
     pub(crate) rank_at: Vec<RankAt>,
     /// How: svd, rsvd, random, sparse-random, pad, orthogonal
     ///

@@ -1,4 +1,5 @@
 use std::borrow::Cow;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,13 +19,13 @@ use rayon::prelude::*;
 use super::writing::{Job, native_options, open_base, options};
 use super::{Context, strengths};
 use crate::ExitStatus;
-use crate::args::{ComposeArgs, DtypeArg, LayoutArg, typed};
+use crate::args::{ComposeArgs, DtypeArg, LayoutArg, Places, typed};
 use crate::output::{Converted, Progress};
 use crate::sources::{Found, Input};
 use crate::targets;
 
 /// Which adapters are composed, each with its strength.
-struct Ingredients {
+pub(super) struct Ingredients {
     /// The files, each once.
     inputs: Vec<Input>,
     /// Numbers of files, with strengths.
@@ -112,19 +113,56 @@ fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients
     for lora in recipe.into_iter().flat_map(|r| r.loras) {
         ingredients.add(&file(&lora.path), lora.strength, lora.density);
     }
-    for source in &args.sources {
-        let (path, number) = split_strength(&typed(source));
-        // An error about the number names the source; one about a place does not.
-        Strength::uniform(number).check().map_err(|e| e.at(&path))?;
-        if path.as_os_str() == "-" && ingredients.inputs.iter().any(Input::is_stdin) {
-            return Err(Error::new(Code::InvalidArgument, "standard input can be read only once"));
-        }
-        ingredients.add(&path, strengths::strength(number, &args.places)?, None);
-    }
+    ingredients.add_all(&args.sources, &args.places)?;
     Ok(ingredients)
 }
 
 impl Ingredients {
+    /// Adapters of the command line.
+    pub(super) fn of(sources: &[OsString], places: &Places) -> Result<Self> {
+        let mut ingredients = Self { inputs: Vec::new(), terms: Vec::new(), densities: Vec::new() };
+        ingredients.add_all(sources, places)?;
+        Ok(ingredients)
+    }
+
+    fn add_all(&mut self, sources: &[OsString], places: &Places) -> Result<()> {
+        for source in sources {
+            let (path, number) = split_strength(&typed(source));
+            // An error about the number names the source; one about a place does not.
+            Strength::uniform(number).check().map_err(|e| e.at(&path))?;
+            if path.as_os_str() == "-" && self.inputs.iter().any(Input::is_stdin) {
+                return Err(Error::new(Code::InvalidArgument, "standard input can be read only once"));
+            }
+            self.add(&path, strengths::strength(number, places)?, None);
+        }
+        Ok(())
+    }
+
+    /// The files, read.
+    pub(super) fn open(
+        &self,
+        registry: &Arc<Registry>,
+        options: &ConvertOptions,
+        base: Option<&Arc<Base>>,
+    ) -> Result<Vec<Adapter>> {
+        let open = |input: &Input| {
+            let source = input.open().map_err(|e| explained(e, &input.path))?;
+            convert::open(registry, source, options, base.cloned()).map_err(|e| e.at(&input.path))
+        };
+        let opened: Vec<Result<Adapter>> = self.inputs.par_iter().map(open).collect();
+        opened.into_iter().collect()
+    }
+
+    /// The adapters at their strengths.
+    pub(super) fn terms<'a>(&self, agreed: &'a [Cow<'_, Adapter>]) -> Result<Vec<Term<'a>>> {
+        let term = |(number, request): &(usize, Request)| {
+            let adapter: &Adapter = &agreed[*number];
+            let strength = request.resolve(adapter.family_table()).map_err(|e| e.at(adapter.source.path()))?;
+            Ok(Term::new(adapter, strength))
+        };
+        self.terms.iter().map(term).collect()
+    }
+
     fn add(&mut self, path: &Path, strength: Request, density: Option<f64>) {
         let known = self.inputs.iter().position(|i| i.path == path);
         let number = known.unwrap_or_else(|| {
@@ -143,19 +181,9 @@ fn compose(
     job: &Job<'_>,
     progress: &Progress,
 ) -> Result<Converted> {
-    let open = |input: &Input| {
-        let source = input.open().map_err(|e| explained(e, &input.path))?;
-        convert::open(registry, source, job.options, base.cloned()).map_err(|e| e.at(&input.path))
-    };
-    let opened: Vec<Result<Adapter>> = ingredients.inputs.par_iter().map(open).collect();
-    let adapters: Vec<Adapter> = opened.into_iter().collect::<Result<_>>()?;
+    let adapters = ingredients.open(registry, job.options, base)?;
     let agreed: Vec<Cow<'_, Adapter>> = agree(&adapters.iter().collect::<Vec<_>>())?;
-    let term = |(number, request): &(usize, Request)| {
-        let adapter: &Adapter = &agreed[*number];
-        let strength = request.resolve(adapter.family_table()).map_err(|e| e.at(adapter.source.path()))?;
-        Ok(Term::new(adapter, strength))
-    };
-    let terms = ingredients.terms.iter().map(term).collect::<Result<_>>()?;
+    let terms = ingredients.terms(&agreed)?;
     job.run(&Composition::new(terms)?, progress)
 }
 

@@ -6,7 +6,9 @@ mod convert;
 mod detect;
 mod diff;
 mod expand;
+mod extract;
 mod formats;
+mod fuse;
 mod inspect;
 mod normalize;
 mod resize;
@@ -51,6 +53,9 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Resize(args) => resize::run(args, &mut context),
         Command::Scale(args) => scale::run(args, &mut context),
         Command::Expand(args) => expand::run(args, &mut context),
+        Command::Fuse(args) => fuse::run(args, &mut context),
+        Command::Unfuse(args) => fuse::undo(args, &mut context),
+        Command::Extract(args) => extract::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
         Command::Sample(args) => sample::run(args, &mut context),
         Command::Formats(_) => formats::run(&mut context),

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod base;
+mod checkpoints;
 mod common;
 mod compose;
 mod convert;

@@ -116,6 +116,20 @@ pub fn parse(file: &[u8]) -> Result<Header> {
     Ok(Header { metadata: raw.metadata, tensors })
 }
 
+/// Reads and checks a header by itself, without the body that its ranges point into.
+pub(crate) fn parse_head(head: &[u8]) -> Result<Header> {
+    let json = header_bytes(head)?;
+    let raw: RawHeader = serde_json::from_slice(json)
+        .map_err(|e| Error::new(Code::InvalidHeader, format!("the header is not valid: {e}")))?;
+    check_unique(&raw)?;
+    let body = 8 + json.len();
+    let tensors: Vec<TensorInfo> =
+        raw.tensors.into_iter().map(|(name, tensor)| check_tensor(name, &tensor, body)).collect::<Result<_>>()?;
+    let end = tensors.iter().map(|t| t.range.end).max().unwrap_or(body);
+    check_tiling(&tensors, body, end)?;
+    Ok(Header { metadata: raw.metadata, tensors })
+}
+
 fn header_bytes(file: &[u8]) -> Result<&[u8]> {
     if file.is_empty() {
         return Err(Error::new(Code::Truncated, "the file is empty"));

@@ -4,6 +4,8 @@ mod header;
 mod source;
 mod write;
 
+pub(crate) use header::parse_head;
 pub use header::{Header, MAX_HEADER, TensorInfo, parse};
 pub use source::{Bytes, Source};
+pub(crate) use write::write_at;
 pub use write::{Control, Layout, Pending, WriteOptions, refuse_existing, write_file, write_to};

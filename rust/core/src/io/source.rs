@@ -108,6 +108,14 @@ impl Source {
         &self.header.metadata
     }
 
+    /// The file up to its first tensor: the length of the header and the header; `None` where there is no file.
+    pub(crate) fn head(&self) -> Option<&[u8]> {
+        let Backing::Whole(bytes) = &self.backing else { return None };
+        let bytes = (**bytes).as_ref();
+        let length = u64::from_le_bytes(*bytes.first_chunk::<8>()?) as usize;
+        bytes.get(..8 + length)
+    }
+
     /// The value of a metadata entry.
     pub fn metadata_value(&self, key: &str) -> Option<&str> {
         self.header.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())

@@ -46,11 +46,13 @@ impl Control {
         Ok(())
     }
 
-    fn expect(&self, bytes: usize) {
+    /// More bytes to write are known.
+    pub(crate) fn expect(&self, bytes: usize) {
         self.total.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    fn advance(&self, bytes: usize) {
+    /// Some bytes are written.
+    pub(crate) fn advance(&self, bytes: usize) {
         self.done.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
@@ -237,6 +239,14 @@ impl Pending {
         Ok((Self { temp, path: path.to_path_buf() }, loss))
     }
 
+    /// Lets `fill` write a file beside `path`, and returns what it returns.
+    pub(crate) fn filled<T>(path: &Path, fill: impl FnOnce(&File) -> Result<T>) -> Result<(Self, T)> {
+        let temp = temp_beside(path)?;
+        let made = fill(temp.as_file())?;
+        temp.as_file().sync_all().map_err(|e| Error::io(path, "write the file", e))?;
+        Ok((Self { temp, path: path.to_path_buf() }, made))
+    }
+
     /// Writes a text beside `path`.
     pub fn text(path: &Path, text: &str) -> Result<Self> {
         let temp = temp_beside(path)?;
@@ -308,12 +318,12 @@ fn temp_beside(path: &Path) -> Result<tempfile::NamedTempFile> {
 }
 
 #[cfg(unix)]
-fn write_at(file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
+pub(crate) fn write_at(file: &File, bytes: &[u8], at: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(file, bytes, at)
 }
 
 #[cfg(windows)]
-fn write_at(file: &File, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
+pub(crate) fn write_at(file: &File, mut bytes: &[u8], mut at: u64) -> std::io::Result<()> {
     while !bytes.is_empty() {
         let n = std::os::windows::fs::FileExt::seek_write(file, bytes, at)?;
         bytes = &bytes[n..];

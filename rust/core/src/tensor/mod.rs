@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub use derived::{Derived, Pairing};
 use piece::{Origin, Piece};
 
-use crate::cast::{Loss, common_dtype, convert};
+use crate::cast::{Loss, common_dtype, convert, load};
 use crate::dtype::{Dtype, read_f64};
 use crate::io::Source;
 
@@ -427,8 +427,9 @@ impl Tensor {
             p.each_row(0..p.rows, |r, row| {
                 let start = (p.at.0 + r) * cols + p.at.1;
                 let target = &mut out[start..start + p.cols];
-                for (value, element) in target.iter_mut().zip(row.chunks_exact(p.dtype.size())) {
-                    *value = read_f64(p.dtype, element) * p.scale;
+                load(p.dtype, row, target);
+                if p.scale != 1.0 {
+                    target.iter_mut().for_each(|value| *value *= p.scale);
                 }
                 true
             });

@@ -39,7 +39,6 @@ pub(crate) struct Parameter {
     pub(crate) row: usize,
     /// Which canonical module of the row; `None` for all of them, stacked.
     pub(crate) part: Option<usize>,
-    pub(crate) namespace: usize,
     pub(crate) variables: Variables,
     /// Whether its two halves of rows are exchanged against the canonical module.
     pub(crate) swapped: bool,
@@ -226,7 +225,6 @@ impl Checkpoint {
             component: meaning.hit.component,
             row: meaning.hit.row,
             part: meaning.hit.part,
-            namespace: meaning.hit.namespace,
             variables: meaning.hit.variables.clone(),
             swapped: table.op == Op::SwapHalves && meaning.hit.namespace != 0,
             scale: None,

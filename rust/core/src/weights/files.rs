@@ -28,8 +28,6 @@ pub(crate) struct Group {
 pub(crate) struct Index {
     /// Its name in the folder.
     pub(crate) name: String,
-    /// The document.
-    pub(crate) json: Value,
     /// Tensor -> file.
     pub(crate) map: BTreeMap<String, String>,
 }
@@ -172,7 +170,7 @@ fn sharded(root: &Path, below: &Path, name: &str, component: Option<String>) -> 
             );
         }
     }
-    let index = Some(Index { name: name.to_owned(), json, map });
+    let index = Some(Index { name: name.to_owned(), map });
     Ok(Group { component, folder: below.to_path_buf(), index, files: files.into_iter().collect() })
 }
 

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use self::cut::{Cut, Cutter, Trouble};
-pub(crate) use self::place::{counterpart, settled};
-use self::place::{put, weight_of};
+use self::place::put;
+pub(crate) use self::place::{counterpart, settled, weight_of};
 use super::based::Based;
 use super::delta::shape;
 use super::resize::RankRule;

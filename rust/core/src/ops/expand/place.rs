@@ -118,7 +118,7 @@ pub(crate) fn counterpart(
 }
 
 /// The weight of a module: of all its parts, stacked, where it stands for several.
-pub(super) fn weight_of(adapter: &Adapter, base: &Checkpoint, key: &ModuleKey, address: &Address) -> Option<Tensor> {
+pub(crate) fn weight_of(adapter: &Adapter, base: &Checkpoint, key: &ModuleKey, address: &Address) -> Option<Tensor> {
     let row = adapter.row(key, address);
     let of = |part: usize| base.weight(key.component, &row.canonical[part].render(&address.variables));
     match (row.op, address.part) {

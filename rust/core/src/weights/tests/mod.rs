@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod checkpoint;
+mod fuse;
 
 use std::path::Path;
 use std::sync::Arc;
