@@ -237,8 +237,8 @@ mod tests {
             restored(dtype, &a, &b);
             restored(dtype, &a, &a);
             restored(dtype, &[], &[]);
-            restored(dtype, &vec![0xff; 64], &vec![0; 64]);
-            restored(dtype, &vec![0; 64], &vec![0xff; 64]);
+            restored(dtype, &[0xff; 64], &[0; 64]);
+            restored(dtype, &[0; 64], &[0xff; 64]);
         }
     }
 
