@@ -97,7 +97,12 @@ class Plan:
         """
         Key, element type and shape of every tensor.
         """
-    def write(self, /, path: str | PathLike[str], metadata: SupportsGetItem[int, tuple[str, str]], overwrite: bool) -> None:
+    def unfuse(fused: str | PathLike[str], undo: str | PathLike[str], path: str | PathLike[str], dry_run: bool, overwrite: bool, progress: Any | None = None) -> str:
+    """
+    Restores what a fused checkpoint was; the report as JSON.
+    """
+
+def write(self, /, path: str | PathLike[str], metadata: SupportsGetItem[int, tuple[str, str]], overwrite: bool) -> None:
         """
         Writes a file of these tensors and this metadata.
         """
@@ -132,9 +137,19 @@ def error_codes() -> list[str]:
     Every error code.
     """
 
+def extract(tuned: str | PathLike[str], base: str | PathLike[str], options: str, progress: Any | None = None) -> tuple[Adapter, str]:
+    """
+    The adapter that two checkpoints differ by, and what was found as JSON.
+    """
+
 def formats() -> tuple[list[tuple[str, bool]], list[str]]:
     """
     Names of dialects (with whether each is written) and of families.
+    """
+
+def fuse(base: str | PathLike[str], terms: SupportsGetItem[int, tuple[Adapter, str | None]], path: str | PathLike[str], options: str, undo: str | PathLike[str] | None = None, progress: Any | None = None) -> str:
+    """
+    Writes a checkpoint with adapters added; the report as JSON.
     """
 
 def native_dialect() -> str | None:
