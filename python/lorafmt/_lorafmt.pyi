@@ -97,12 +97,7 @@ class Plan:
         """
         Key, element type and shape of every tensor.
         """
-    def unfuse(fused: str | PathLike[str], undo: str | PathLike[str], path: str | PathLike[str], dry_run: bool, overwrite: bool, progress: Any | None = None) -> str:
-    """
-    Restores what a fused checkpoint was; the report as JSON.
-    """
-
-def write(self, /, path: str | PathLike[str], metadata: SupportsGetItem[int, tuple[str, str]], overwrite: bool) -> None:
+    def write(self, /, path: str | PathLike[str], metadata: SupportsGetItem[int, tuple[str, str]], overwrite: bool) -> None:
         """
         Writes a file of these tensors and this metadata.
         """
@@ -170,6 +165,11 @@ def register_table(text: str) -> None:
 def run(args: SupportsGetItem[int, str]) -> int:
     """
     Runs the command line and returns the exit code.
+    """
+
+def unfuse(fused: str | PathLike[str], undo: str | PathLike[str], path: str | PathLike[str], dry_run: bool, overwrite: bool, progress: Any | None = None) -> str:
+    """
+    Restores what a fused checkpoint was; the report as JSON.
     """
 
 def write(terms: SupportsGetItem[int, tuple[Adapter, str | None]], path: str | PathLike[str], options: str, overwrite: bool, base: Base | None = None, progress: Any | None = None) -> str:
