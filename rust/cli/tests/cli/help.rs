@@ -46,7 +46,7 @@ fn examples_are_understood() {
 #[test]
 fn what_comes_later_is_not_advertised() {
     let help = Place::new().ok(&["--help"]).out;
-    for later in ["resize", "fuse", "extract", "batch", "report", "quantize", "hf://", "s3://"] {
+    for later in ["resize", "batch", "report", "quantize", "hf://", "s3://"] {
         assert!(!help.lines().any(|l| l.split_whitespace().any(|word| word == later)), "{later}");
     }
 }
