@@ -80,7 +80,7 @@ def adapter(path: Path, weights: dict[str, tuple[int, int]], rank: int, seed: in
     write(path, shapes, 0.02, seed)
 
 
-def run(command: list[str]) -> tuple[float, int]:
+def run(command: list[str | Path]) -> tuple[float, int]:
     """Seconds, and the peak of private (anonymous) memory in bytes."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -122,8 +122,17 @@ def main() -> None:
             "fuse": fuse,
             "fuse --undo": [*fuse, "--undo", str(undo)],
             "unfuse": [lorafmt, "unfuse", str(out), "--undo", str(undo), "-o", str(back), "--force", "-q"],
-            "extract": [lorafmt, "extract", str(out), str(base), "--rank", str(args.rank), *family]
-            + ["-o", str(folder / "x.safetensors")],
+            "extract": [
+                lorafmt,
+                "extract",
+                out,
+                base,
+                "--rank",
+                str(args.rank),
+                *family,
+                "-o",
+                folder / "x.safetensors",
+            ],
         }
         seconds: dict[str, list[float]] = {name: [] for name in commands}
         peaks = dict.fromkeys(commands, 0)

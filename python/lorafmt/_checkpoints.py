@@ -89,7 +89,7 @@ def fuse(
         base: a ``.safetensors`` file, an index of shards, a component's folder or a whole pipeline's, in any naming of
             its family. It streams through; no weight is held as a whole.
         loras: sources with their strengths, ``[(src, 0.8), ...]``, as for :func:`compose`.
-        dst: the file to write, or the folder, where the base is one. Tensors that no adapter changes are copied as they are.
+        dst: the file to write, or the folder, where the base is one. Tensors that no adapter changes are copied.
         undo: also write what :func:`unfuse` needs.
         stochastic: a seed; numbers are rounded up and down by chance, right on average, instead of to the nearest.
         rescale: give FP8 weights that have a scale a new one, from their new numbers.
@@ -195,7 +195,7 @@ def extract(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> reports.Report | Adapter:
-    """Makes an adapter of the difference of two checkpoints, by a randomised singular value decomposition of each weight.
+    """Makes an adapter of the difference of two checkpoints, by randomised decompositions of each weight.
 
     Args:
         tuned: the tuned checkpoint: a file, an index of shards, or a folder, in any naming of its family.

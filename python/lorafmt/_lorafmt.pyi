@@ -137,9 +137,19 @@ def error_codes() -> list[str]:
     Every error code.
     """
 
+def extract(tuned: str | PathLike[str], base: str | PathLike[str], options: str, progress: Any | None = None) -> tuple[Adapter, str]:
+    """
+    The adapter that two checkpoints differ by, and what was found as JSON.
+    """
+
 def formats() -> tuple[list[tuple[str, bool]], list[str]]:
     """
     Names of dialects (with whether each is written) and of families.
+    """
+
+def fuse(base: str | PathLike[str], terms: SupportsGetItem[int, tuple[Adapter, str | None]], path: str | PathLike[str], options: str, undo: str | PathLike[str] | None = None, progress: Any | None = None) -> str:
+    """
+    Writes a checkpoint with adapters added; the report as JSON.
     """
 
 def native_dialect() -> str | None:
@@ -160,6 +170,11 @@ def register_table(text: str) -> None:
 def run(args: SupportsGetItem[int, str]) -> int:
     """
     Runs the command line and returns the exit code.
+    """
+
+def unfuse(fused: str | PathLike[str], undo: str | PathLike[str], path: str | PathLike[str], dry_run: bool, overwrite: bool, progress: Any | None = None) -> str:
+    """
+    Restores what a fused checkpoint was; the report as JSON.
     """
 
 def write(terms: SupportsGetItem[int, tuple[Adapter, str | None]], path: str | PathLike[str], options: str, overwrite: bool, base: Base | None = None, progress: Any | None = None) -> str:

@@ -134,7 +134,7 @@ pub(crate) fn odd_f32(value: f64) -> f32 {
     let near = value as f32;
     let (back, bits) = (f64::from(near), near.to_bits());
     // Written without branches, so that loops over it become vector code. NaN keeps being one.
-    let inexact = (back != value) & (bits & 1 == 0) & (back == back);
+    let inexact = (back != value) & (bits & 1 == 0) & !value.is_nan();
     let towards = if back.abs() < value.abs() { bits.wrapping_add(1) } else { bits.wrapping_sub(1) };
     f32::from_bits(if inexact { towards } else { bits })
 }

@@ -295,7 +295,7 @@ fn check_shards(files: &Files, shards: &[Shard]) -> Result<()> {
             }
         }
         for (tensor, file) in &index.map {
-            if !seen.get(tensor.as_str()).is_some_and(|s| s.relative == group.folder.join(file)) {
+            if seen.get(tensor.as_str()).is_none_or(|s| s.relative != group.folder.join(file)) {
                 let message = format!("the index names `{tensor}` in `{file}`, which does not hold it");
                 let path = files.root.join(&group.folder).join(&index.name);
                 return Err(Error::new(Code::InvalidIndex, message).key(tensor).at(&path));

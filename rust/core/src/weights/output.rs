@@ -63,10 +63,13 @@ pub(super) enum Role {
     Other,
 }
 
+/// Files that are taken along with what they are, and other weights that are not.
+pub(super) type Listing = (Vec<(PathBuf, Role)>, Vec<PathBuf>);
+
 /// Every file of a checkpoint's folder below its root, sorted, and the other weights that are not taken along.
 ///
 /// Of a folder with weights of its own only the files in it are taken; of a pipeline's all folders. Hidden files stay.
-pub(super) fn listing(files: &Files) -> Result<(Vec<(PathBuf, Role)>, Vec<PathBuf>)> {
+pub(super) fn listing(files: &Files) -> Result<Listing> {
     let own = files.groups.iter().any(|g| g.folder.as_os_str().is_empty());
     let (mut found, mut left) = (Vec::new(), Vec::new());
     let mut folders = vec![PathBuf::new()];

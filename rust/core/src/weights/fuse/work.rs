@@ -217,14 +217,18 @@ impl<'a> Work<'a> {
 fn measured(scale: f64, stored: &[f64], base: &[f64], delta: &[f64]) -> Measure {
     // Four partial sums of each, so that the loop becomes vector code.
     let mut sums = [[0.0f64; 4]; 3];
-    for (i, (s, (b, d))) in stored.iter().zip(base.iter().zip(delta)).enumerate() {
+    let mut add = |lane: usize, s: f64, b: f64, d: f64| {
         let change = s * scale - b;
         let miss = change - d;
-        let lane = i & 3;
         sums[0][lane] += d * d;
         sums[1][lane] += change * d;
         sums[2][lane] += miss * miss;
+    };
+    let ((s4, s1), (b4, b1), (d4, d1)) = (stored.as_chunks::<4>(), base.as_chunks::<4>(), delta.as_chunks::<4>());
+    for (s, (b, d)) in s4.iter().zip(b4.iter().zip(d4)) {
+        (0..4).for_each(|lane| add(lane, s[lane], b[lane], d[lane]));
     }
+    s1.iter().zip(b1.iter().zip(d1)).for_each(|(s, (b, d))| add(0, *s, *b, *d));
     let total = |s: &[f64; 4]| s.iter().sum();
     Measure { wanted: total(&sums[0]), along: total(&sums[1]), missed: total(&sums[2]), outside: 0 }
 }

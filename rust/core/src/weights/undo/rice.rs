@@ -87,7 +87,12 @@ struct Mean {
 impl Mean {
     /// Low bits that are written as they are: the count shifted by them reaches the sum.
     fn low_bits(self) -> u32 {
-        (0..48).find(|k| self.count << k >= self.sum).unwrap_or(48)
+        if self.sum <= self.count {
+            return 0;
+        }
+        // Shifted so, both have the same number of bits; one more is enough.
+        let shift = self.count.leading_zeros() - self.sum.leading_zeros();
+        if self.count << shift >= self.sum { shift } else { shift + 1 }
     }
 
     fn add(&mut self, steps: u64) {
@@ -237,8 +242,8 @@ mod tests {
             restored(dtype, &a, &b);
             restored(dtype, &a, &a);
             restored(dtype, &[], &[]);
-            restored(dtype, &vec![0xff; 64], &vec![0; 64]);
-            restored(dtype, &vec![0; 64], &vec![0xff; 64]);
+            restored(dtype, &[0xff; 64], &[0; 64]);
+            restored(dtype, &[0; 64], &[0xff; 64]);
         }
     }
 
@@ -254,6 +259,14 @@ mod tests {
         let size = restored(Dtype::BF16, &original, &changed);
         assert!(size * 3 < original.len(), "{size} of {}", original.len());
         assert!(restored(Dtype::BF16, &original, &original) * 12 < original.len());
+    }
+
+    #[test]
+    fn low_bits_by_their_definition() {
+        for (sum, count) in (0..400u64).flat_map(|sum| (1..64).map(move |count| (sum * sum * sum, count))) {
+            let want = (0..64).find(|k| count << k >= sum).expect("some shift is enough");
+            assert_eq!(Mean { sum, count }.low_bits(), want, "{sum} {count}");
+        }
     }
 
     #[test]
