@@ -25,7 +25,8 @@ pub(crate) fn algebra(value: &Value, terms: usize) -> Result<Algebra> {
     let choices = match value.get("combination_type").and_then(Value::as_str) {
         None => named,
         Some(name) => named.or(Choices::from_peft(name).ok_or_else(|| {
-            bad(format!("`combination_type` is `{name}`")).hint("one of those of PEFT, such as ties_svd, or use `method`")
+            bad(format!("`combination_type` is `{name}`"))
+                .hint("one of those of PEFT, such as ties_svd, or use `method`")
         })?),
     };
     Algebra::of(&choices, densities(value, terms)?)
@@ -43,7 +44,8 @@ fn densities(value: &Value, terms: usize) -> Result<Vec<Option<f64>>> {
 
 fn rank(value: &Value) -> Option<RankRule> {
     let limit = value.get("rank").and_then(Value::as_u64).map(|n| n as usize);
-    let criterion = number(value, "energy").map(Criterion::Energy).or(number(value, "max_error").map(Criterion::MaxError));
+    let criterion =
+        number(value, "energy").map(Criterion::Energy).or(number(value, "max_error").map(Criterion::MaxError));
     (limit.is_some() || criterion.is_some()).then_some(RankRule { limit, criterion })
 }
 
