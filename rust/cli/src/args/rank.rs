@@ -16,7 +16,7 @@ pub(crate) struct RankArgs {
     /// The smallest rank whose relative error is at most E
     ///
     /// The error is the Frobenius norm of what is lost, relative to that of the module's weight difference.
-    #[arg(long, value_name = "E", group = "criterion", allow_negative_numbers = true)]
+    #[arg(long, value_name = "E", group = "criterion", allow_negative_numbers = true, hide_short_help = true)]
     pub(crate) max_error: Option<f64>,
 }
 
