@@ -13,7 +13,8 @@ class Merging(TypedDict, total=False):
     """How several adapters become one. What is left out, or None, is as the rule has it."""
 
     #: ``cat`` (the sum, ranks side by side), ``svd`` (the same with fewer ranks), ``ties``, ``dare-linear``,
-    #: ``dare-ties``, ``magnitude-prune``, ``della``, ``della-linear``, ``breadcrumbs``, ``breadcrumbs-ties``, ``linear``.
+    #: ``dare-ties``, ``magnitude-prune``, ``della``, ``della-linear``, ``breadcrumbs``, ``breadcrumbs-ties``,
+    #: ``linear``.
     method: str | None
     #: The share of elements that is kept, 0 to 1; or one for each adapter (None for what the rule has).
     density: float | Sequence[float | None] | None

@@ -297,7 +297,8 @@ def compose(
     Raises:
         LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
     """
-    options = _options(to, None, family, dtype, 1.0, unknown, lossy, layout, precision, max_rank, widen, choices(merging))
+    chosen = choices(merging)
+    options = _options(to, None, family, dtype, 1.0, unknown, lossy, layout, precision, max_rank, widen, chosen)
     pairs = _pairs(loras)
     behind = native_base(base)
     terms: Terms = [(_native(src, family, None, behind), json.dumps(_strength(strength))) for src, strength in pairs]

@@ -141,7 +141,8 @@ def test_core_results_do_not_depend_on_factors(model: tuple[Any, Path], tmp_path
     _, folder = model
     merging = {"method": method, "density": 0.5, "seed": 3}
     plain, report = ours(tmp_path / "plain.safetensors", scaled(folder, "abc"), **merging)
-    turned = [(gauged(tmp_path / f"{n}.safetensors", folder / n, i), w) for i, (n, w) in enumerate(zip("abc", WEIGHTS))]
+    pairs = enumerate(zip("abc", WEIGHTS, strict=True))
+    turned = [(gauged(tmp_path / f"{n}.safetensors", folder / n, i), w) for i, (n, w) in pairs]
     found, _ = ours(tmp_path / "turned.safetensors", turned, **merging)
     for name in SHAPES:
         assert distance(found[name], plain[name]) < 1e-4
@@ -164,11 +165,12 @@ def test_mergekit_ties_and_breadcrumbs(model: tuple[Any, Path], tmp_path: Path) 
     """Weights before the election, and the sum of the weights that agree as the divisor."""
     _, folder = model
     weights = np.array([0.8, 0.5, 1.3])[:, None, None]
-    loras = [(folder / name, float(w)) for name, w in zip("abc", weights[:, 0, 0])]
-    mergekit = {"rule": "mergekit", "space": "delta", "rank": 64}
+    loras = [(folder / name, float(w)) for name, w in zip("abc", weights[:, 0, 0], strict=True)]
+    mergekit: dict[str, Any] = {"rule": "mergekit", "space": "delta", "rank": 64}
     ties, _ = ours(tmp_path / "t.safetensors", loras, method="ties", density=0.3, **mergekit)
     crumbs, _ = ours(tmp_path / "b.safetensors", loras, method="breadcrumbs", density=0.4, gamma=0.05, **mergekit)
-    signed, _ = ours(tmp_path / "s.safetensors", loras, method="breadcrumbs_ties", density=1.0, normalize=True, **mergekit)
+    mergekit["normalize"] = True
+    signed, _ = ours(tmp_path / "s.safetensors", loras, method="breadcrumbs_ties", density=1.0, **mergekit)
     for name, parts in deltas(folder, "abc").items():
         n = parts[0].size
 
@@ -256,7 +258,7 @@ def test_arguments_that_make_no_sense(model: tuple[Any, Path], merging: dict[str
 def test_adapters_that_do_not_merge(model: tuple[Any, Path], tmp_path: Path) -> None:
     _, folder = model
     with pytest.raises(lorafmt.LorafmtError, match="rank 4 in one and rank 8") as caught:
-        lorafmt.compose(scaled(folder, "ac")[:1] + [(folder / "c", 1.0)], method="ties", density=0.5, space="factors")
+        lorafmt.compose([*scaled(folder, "a"), (folder / "c", 1.0)], method="ties", density=0.5, space="factors")
     assert caught.value.code == "incompatible-modules"
     spoiled = {
         "transformer.proj_out.lora_A.weight": (np.zeros((4, 3072), np.float32), "F32"),

@@ -8,9 +8,8 @@ use super::{MergeArgs, NativeArgs, Places, RankArgs, Writing};
 const EXAMPLES: &str = "\
 Examples:
   lorafmt compose style.safetensors:0.8 face.safetensors:0.5 -o both.safetensors
-  lorafmt compose style.safetensors face.safetensors --method svd --rank 16 -o both.safetensors
-  lorafmt compose style.safetensors face.safetensors --method ties --density 0.5 -o both.safetensors
-  lorafmt compose --recipe mix.yaml -o mix.safetensors --dry-run
+  lorafmt compose a.safetensors b.safetensors --rank 16 -o both.safetensors
+  lorafmt compose a.safetensors b.safetensors --method ties --density .5 -o c.safetensors
   lorafmt compose --recipe mix.yaml --to nunchaku --base svdq.safetensors";
 
 /// Add up several adapters, each at its strength, in one file

@@ -8,7 +8,7 @@ use super::RankArgs;
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Merging")]
 pub(crate) struct MergeArgs {
-    /// How: cat, svd, ties, dare-linear, dare-ties, magnitude-prune, della, breadcrumbs, linear
+    /// How: cat, svd, ties, dare-ties, and others
     ///
     /// `cat`, the default, puts ranks side by side: the exact sum. `svd` then reduces them to `--rank`, `--energy` or `--max-error`.
     /// The others look at elements: `ties` keeps the largest, elects a sign and averages what agrees; `dare-linear`
@@ -32,7 +32,7 @@ pub(crate) struct MergeArgs {
     /// `core`, the default: those of the weight differences in bases that all adapters share. Nothing is lost. `delta`: those of the
     /// weight differences themselves, which are compressed to `--rank` again (the highest of the adapters); the loss is reported. `factors`: those of the factors, as PEFT without `_svd`; the result depends on the factorisation.
     #[arg(long, value_name = "SPACE", value_parser = words(Space::ALL.iter().map(|x| x.name()), Space::from_name),
-        hide_possible_values = true)]
+        hide_possible_values = true, hide_short_help = true)]
     pub(crate) space: Option<Space>,
     /// How signs are elected: total, frequency
     ///

@@ -12,6 +12,7 @@ mod help;
 mod hostile;
 mod human;
 mod json;
+mod merge;
 mod native;
 mod recipes;
 mod scale;
