@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "completed", "components", "converted", "diff", "error_codes", "formats", "native_dialect", "plan", "register_table", "run", "write"]
+__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "run", "unfuse", "write"]
 
 __version__: Final[str]
 
@@ -122,11 +122,6 @@ def converted(terms: SupportsGetItem[int, tuple[Adapter, str | None]], options: 
     The adapter that is made, computed into memory, and the report as JSON.
     """
 
-def expand(adapter: Adapter, options: str, base_weights: str | PathLike[str] | None = None) -> tuple[Adapter, str]:
-    """
-    The adapter as plain LoRA, its tensors yet to be computed or to be written, and what happened as JSON.
-    """
-
 def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex, by_module: bool = False) -> str:
     """
     Compares two adapters by their deltas; JSON. `by_module` lists modules that are equal, too.
@@ -135,6 +130,11 @@ def diff(a: Adapter, b: Adapter, tolerance: SupportsFloat | SupportsIndex, by_mo
 def error_codes() -> list[str]:
     """
     Every error code.
+    """
+
+def expand(adapter: Adapter, options: str, base_weights: str | PathLike[str] | None = None) -> tuple[Adapter, str]:
+    """
+    The adapter as plain LoRA, its tensors yet to be computed or to be written, and what happened as JSON.
     """
 
 def extract(tuned: str | PathLike[str], base: str | PathLike[str], options: str, progress: Any | None = None) -> tuple[Adapter, str]:

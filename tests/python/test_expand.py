@@ -14,7 +14,6 @@ import pytest
 
 import lorafmt
 import oracle
-from checks import convert
 from tensorfile import TensorFile, save
 
 OUT, IN, CONV_OUT, CONV_IN, KERNEL = 12, 18, 16, 4, (3, 3)
@@ -29,7 +28,8 @@ namespaces = ["diffusers", "original"]
 rows = [
   {{ diffusers = "blocks.{{layer}}.fc", original = "layers.{{layer}}.fc", in = {IN}, out = {OUT} }},
   {{ diffusers = "blocks.{{layer}}.conv", original = "layers.{{layer}}.conv", in = {CONV_IN * 9}, out = {CONV_OUT} }},
-  {{ diffusers = "blocks.{{layer}}.attn.{{to_q,to_k,to_v}}", original = "layers.{{layer}}.qkv", op = "fuse", in = {IN}, out = [6, 6, 6] }},
+  {{ diffusers = "blocks.{{layer}}.attn.{{to_q,to_k,to_v}}", \
+original = "layers.{{layer}}.qkv", op = "fuse", in = {IN}, out = [6, 6, 6] }},
   {{ diffusers = "norm_out", original = "final", op = "swap_halves", in = {IN}, out = {OUT} }},
 ]
 """
@@ -274,7 +274,11 @@ LOCON: Tensors = {
     "lora_down.weight": rand(3, CONV_IN, 1, 1, seed=3),
     "alpha": np.float32(2),
 }
-PLAIN: Tensors = {"lora_up.weight": rand(OUT, 3, seed=1), "lora_down.weight": rand(3, IN, seed=2), "alpha": np.float32(2)}
+PLAIN: Tensors = {
+    "lora_up.weight": rand(OUT, 3, seed=1),
+    "lora_down.weight": rand(3, IN, seed=2),
+    "alpha": np.float32(2),
+}
 CONV_PLAIN: Tensors = {
     "lora_up.weight": rand(CONV_OUT, 3, 1, 1, seed=1),
     "lora_down.weight": rand(3, CONV_IN, *KERNEL, seed=3),

@@ -151,7 +151,7 @@ impl<'a> Composition<'a> {
     /// The same terms with other adapters of the same sources, one for each.
     pub(crate) fn with<'b>(&'b self, adapters: &[&'b Adapter]) -> Composition<'b> {
         let term = |(term, adapter): (&'b Term<'a>, &&'b Adapter)| Term {
-            adapter: *adapter,
+            adapter,
             strength: term.strength.clone(),
             name: term.name.clone(),
             start: term.start,

@@ -12,12 +12,15 @@ use serde_json::Value;
 use crate::Adapter;
 use crate::enter::enter;
 
+/// A criterion by the name of its keyword argument.
+type Named = (&'static str, fn(f64) -> Criterion);
+
 /// The change of ranks that the options ask for, if they do.
 pub(crate) fn parse(options: &Value) -> Result<Option<Resize>> {
     let Some(given) = options.get("resize").filter(|v| !v.is_null()) else { return Ok(None) };
     let number = |name: &str| given.get(name).and_then(Value::as_f64);
     let count = |name: &str| given.get(name).and_then(Value::as_u64);
-    let criteria: [(&str, fn(f64) -> Criterion); 5] = [
+    let criteria: [Named; 5] = [
         ("energy", Criterion::Energy),
         ("max_error", Criterion::MaxError),
         ("sv_ratio", Criterion::SvRatio),

@@ -36,7 +36,7 @@ pub(crate) struct ComposeArgs {
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     pub(crate) recipe: Option<PathBuf>,
     /// Read the files as this model family
-    #[arg(long, value_name = "FAMILY")]
+    #[arg(long, value_name = "FAMILY", hide_short_help = true)]
     pub(crate) family: Option<String>,
     #[command(flatten)]
     pub(crate) writing: Writing,

@@ -7,7 +7,6 @@ use super::Reading;
 const EXAMPLES: &str = "\
 Examples:
   lorafmt diff style.safetensors style.diffusers.safetensors
-  lorafmt diff a.safetensors b.safetensors --tolerance 1e-2
   lorafmt diff a.safetensors b.safetensors --by block
   lorafmt diff a.safetensors a.nunchaku.safetensors --base svdq.safetensors
   lorafmt diff a.safetensors b.safetensors --json | jq .max_relative_error";

@@ -8,7 +8,6 @@ const EXAMPLES: &str = "\
 Examples:
   lorafmt expand lokr.safetensors -o lora.safetensors
   lorafmt expand lokr.safetensors --rank 64 --to diffusers
-  lorafmt expand loha.safetensors --max-error 0.05 --rank 128
   lorafmt expand dora.safetensors --base-weights flux1-dev.safetensors --rank 32
   lorafmt expand -r adapters --energy 0.99 --out-dir plain";
 

@@ -6,9 +6,9 @@ use super::{DtypeArg, LossyArg, RankArgs};
 
 const EXAMPLES: &str = "\
 Examples:
-  lorafmt extract tuned.safetensors base.safetensors -o lora.safetensors --rank 32
-  lorafmt extract tuned/transformer FLUX.1-dev -o lora.safetensors --energy 0.9 --rank 128 --to kohya
-  lorafmt extract tuned.safetensors base.safetensors -o lora.safetensors --max-error 0.3 --dry-run";
+  lorafmt extract tuned.safetensors base.safetensors -o l.safetensors --rank 32
+  lorafmt extract tuned FLUX.1-dev -o lora.safetensors --energy 0.9 --to kohya
+  lorafmt extract tuned.safetensors base.safetensors -o l.safetensors --rank 8 -n";
 
 /// Make an adapter of the difference of two checkpoints
 ///

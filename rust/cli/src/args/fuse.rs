@@ -7,10 +7,10 @@ use super::{LossyArg, Places, UnknownArg};
 
 const EXAMPLES: &str = "\
 Examples:
-  lorafmt fuse flux1-dev.safetensors style.safetensors:0.8 -o flux1-style.safetensors
-  lorafmt fuse FLUX.1-dev/transformer a.safetensors b.safetensors:0.5 -o fused/transformer
-  lorafmt fuse base.safetensors style.safetensors -o fused.safetensors --undo fused.undo.safetensors
-  lorafmt fuse base-fp8.safetensors style.safetensors -o fused.safetensors --stochastic 0";
+  lorafmt fuse flux1-dev.safetensors style.safetensors:0.8 -o styled.safetensors
+  lorafmt fuse FLUX.1-dev/transformer a.safetensors b.safetensors:0.5 -o fused
+  lorafmt fuse base.safetensors a.safetensors -o f.safetensors --undo f.undo
+  lorafmt fuse base-fp8.safetensors a.safetensors -o f.safetensors --stochastic 0";
 
 /// Add adapters to the weights of a base checkpoint
 ///

@@ -63,12 +63,12 @@ impl Rotation {
             Self::Diagonal { blocks, rescale } => {
                 let side = blocks[0].rows();
                 let mut out = Vec::with_capacity(rows.len() * cols);
-                for block in rows.start / side..rows.end.div_ceil(side) {
-                    let first = block * side;
+                let touched = rows.start / side..rows.end.div_ceil(side);
+                for (number, block) in blocks.iter().enumerate().take(touched.end).skip(touched.start) {
+                    let first = number * side;
                     let wanted = rows.start.max(first)..rows.end.min(first + side);
                     let held = Matrix::new(side, cols, weight.rows_f64(first..first + side));
-                    let part =
-                        Matrix::from_fn(wanted.len(), side, |i, j| blocks[block].get(wanted.start - first + i, j));
+                    let part = Matrix::from_fn(wanted.len(), side, |i, j| block.get(wanted.start - first + i, j));
                     let mut turned = part.times(&held).into_data();
                     for (row, line) in wanted.zip(turned.chunks_exact_mut(cols.max(1))) {
                         let Some(factor) = rescale.as_ref().map(|r| r[row]) else { continue };
