@@ -1,6 +1,7 @@
 //! Conversion from end to end, for the command line and Python alike.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,7 +18,7 @@ use crate::io::{Control, Layout, Pending, Source, WriteOptions, refuse_existing,
 use crate::kind::Kind;
 use crate::native::{Base, NativeOptions};
 use crate::ops::expand::settled;
-use crate::plan::Plan;
+use crate::plan::{Fate, Plan};
 use crate::report::{Report, SourceReport, TargetReport, Warning};
 use crate::table::{AlphaPolicy, Dialect, Registry};
 
@@ -140,14 +141,30 @@ fn in_two_steps(composition: &Composition<'_>, options: &EncodeOptions) -> Resul
     let adapter = decode(&first.registry, &Arc::new(source), &given)?;
     let second = EncodeOptions { algebra: Algebra::default(), strength: 1.0, ..options.clone() };
     let mut plan = encode(&Composition::of(&adapter), &second)?;
-    // The inputs are those of the first step; all of what it made is used in the second, or that has failed.
-    plan.fates = changed.fates;
+    plan.fates = carried_on(composition, changed.fates, &adapter, &plan.fates);
     plan.alpha = changed.alpha;
     plan.fidelity = plan.fidelity.max(changed.fidelity);
     plan.rounding = plan.rounding.max(changed.rounding);
     plan.warnings.splice(0..0, changed.warnings);
     (plan.merge, plan.resize) = (changed.merge, changed.resize);
     Ok(plan)
+}
+
+/// Where inputs went in the end: no further than the second step took the modules that the first made of them.
+fn carried_on(composition: &Composition<'_>, mut first: Vec<Fate>, made: &Adapter, second: &[Fate]) -> Vec<Fate> {
+    let mut reached: BTreeMap<usize, Fate> = BTreeMap::new();
+    for term in composition.terms() {
+        for (key, placed) in &term.adapter.modules {
+            let Some(made) = made.modules.get(key) else { continue };
+            let fate = made.module.inputs.iter().map(|&input| second[input]).max().unwrap_or(Fate::Unknown);
+            for number in placed.module.inputs.iter().map(|&input| term.number(input)) {
+                // A tensor that several modules share goes as far as the furthest of them.
+                reached.entry(number).and_modify(|f| *f = fate.max(*f)).or_insert(fate);
+            }
+        }
+    }
+    reached.into_iter().for_each(|(number, fate)| first[number] = first[number].min(fate));
+    first
 }
 
 fn settle_and_encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<Plan> {

@@ -68,6 +68,24 @@ fn there_and_back() {
 }
 
 #[test]
+fn what_is_merged_or_resized_is_packed_in_a_second_step() {
+    let place = behind(Checkpoint::default());
+    let native = ["--to", "nunchaku", "--base", "base.safetensors", "-o", "m.safetensors", "--force", "--json"];
+    for how in [["--method", "svd", "--rank", "1"], ["--method", "ties", "--density", "1"]] {
+        let adapters = ["compose", "a.safetensors:0.5", "b.safetensors:2"];
+        let args = [&adapters as &[&str], &how].concat();
+        place.ok(&[&args as &[&str], &["-o", "want.safetensors", "--force", "-q"]].concat());
+        let report = place.ok(&[&args as &[&str], &native].concat()).json();
+        adds_up(&report);
+        // The text encoder's three tensors of each file go no further than they do without a first step.
+        assert_eq!((&report["tensors"]["carried"], &report["tensors"]["used"]), (&json!(6), &json!(36)), "{how:?}");
+        same(&place, "want.safetensors", "m.safetensors", &[]);
+    }
+    let report = place.ok(&[&["compose", "a.safetensors", "--rank", "1"] as &[&str], &native].concat()).json();
+    assert_eq!(report["resize"]["modules"][0]["rank_after"], 1);
+}
+
+#[test]
 fn inspect_tells_what_is_inside() {
     let place = behind(Checkpoint::default());
     insta::assert_snapshot!(place.ok(&["inspect", "n.safetensors"]).out);

@@ -158,8 +158,8 @@ mod tests {
     fn names_of_every_namespace_with_prefixes() {
         let registry = Registry::builtin();
         let names = Names::new(&registry);
-        let family = registry.family("flux1").expect("built in");
-        let one = |key: &str| names.meanings(key).into_iter().find(|m| m.hit.family == family);
+        // What several families have means the same in all of them.
+        let one = |key: &str| names.meanings(key).into_iter().min_by_key(|m| m.hit.family);
         let fused = one("model.diffusion_model.double_blocks.3.img_attn.qkv.weight").expect("known");
         assert_eq!((fused.hit.part, fused.leaf), (None, Leaf::Weight));
         assert!(fused.fits(&registry, &[9216, 3072]) && !fused.fits(&registry, &[3072, 3072]));
