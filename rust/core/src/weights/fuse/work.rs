@@ -16,6 +16,17 @@ use crate::weights::round::{Rounding, store};
 /// Elements that one thread computes at a time: half a MiB of float64, which stays in the second-level cache.
 const TILE: usize = 1 << 16;
 
+/// Elements that are rounded and measured at a time: they stay in the first-level cache.
+const CHUNK: usize = 512;
+
+/// Buffers of one thread, used again for every tile.
+#[derive(Default)]
+pub(super) struct Scratch {
+    delta: Vec<f64>,
+    /// The bytes of the tile.
+    pub(super) bytes: Vec<u8>,
+}
+
 /// How a change came out: sums over elements.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Measure {
@@ -124,8 +135,8 @@ impl<'a> Work<'a> {
         &self.source.bytes(self.tensor)[rows.start * line..rows.end * line]
     }
 
-    /// Some rows of the base, and what is wanted to be added to them.
-    fn wanted(&self, rows: &Range<usize>) -> (Vec<f64>, Matrix) {
+    /// Some rows of the base.
+    fn base(&self, rows: &Range<usize>) -> Vec<f64> {
         let mut base = vec![0.0; rows.len() * self.cols];
         load(self.dtype(), self.original(rows), &mut base);
         if !self.old.0.is_empty() {
@@ -134,7 +145,14 @@ impl<'a> Work<'a> {
                 line.iter_mut().for_each(|v| *v *= scale);
             }
         }
-        let mut delta = Matrix::zeros(rows.len(), self.cols);
+        base
+    }
+
+    /// What is wanted to be added to some rows; `buffer` is used again.
+    fn wanted(&self, rows: &Range<usize>, mut buffer: Vec<f64>) -> Matrix {
+        buffer.clear();
+        buffer.resize(rows.len() * self.cols, 0.0);
+        let mut delta = Matrix::new(rows.len(), self.cols, buffer);
         for (claim, change) in self.changes.iter().filter(|(c, _)| c.rows.start <= rows.start && rows.end <= c.rows.end)
         {
             let count = claim.rows.len();
@@ -143,51 +161,65 @@ impl<'a> Work<'a> {
             let window = first..first + rows.len();
             match change {
                 Change::Replaced(tensor) => {
-                    let values = tensor.rows_f64(window);
-                    delta.data_mut().iter_mut().zip(values.iter().zip(&base)).for_each(|(d, (v, b))| *d = v - b);
+                    let (values, base) = (tensor.rows_f64(window), self.base(rows));
+                    delta.data_mut().iter_mut().zip(values.iter().zip(base)).for_each(|(d, (v, b))| *d = v - b);
                 }
                 _ => change.add(window, &mut delta),
             }
         }
-        (base, delta)
+        delta
     }
 
-    /// Computes some rows into `out`, which gets their bytes.
-    pub(super) fn tile(&self, rows: &Range<usize>, rounding: Rounding<'_>, out: &mut Vec<u8>) -> Measure {
-        let (base, delta) = self.wanted(rows);
-        let mut values: Vec<f64> = base.iter().zip(delta.data()).map(|(b, d)| b + d).collect();
-        if let [(claim, Change::Replaced(tensor))] = self.changes.as_slice()
-            && claim.rows == (0..self.rows)
-            && !claim.swapped
-        {
-            // What takes the place of the base is not the base plus a difference, which could round.
-            values = tensor.rows_f64(claim.from + rows.start..claim.from + rows.end);
+    /// What takes the place of some rows, which is not the base plus a difference: that could round.
+    fn replaced(&self, rows: &Range<usize>) -> Option<Vec<f64>> {
+        match self.changes.as_slice() {
+            [(claim, Change::Replaced(tensor))] if claim.rows == (0..self.rows) && !claim.swapped => {
+                Some(tensor.rows_f64(claim.from + rows.start..claim.from + rows.end))
+            }
+            _ => None,
         }
-        let scaled = !self.new.0.is_empty();
-        if scaled {
-            for (row, line) in rows.clone().zip(values.chunks_exact_mut(self.cols.max(1))) {
-                let scale = self.new.of(row);
-                line.iter_mut().for_each(|v| *v /= scale);
+    }
+
+    /// Computes the bytes of some rows into the scratch.
+    pub(super) fn tile(&self, rows: &Range<usize>, rounding: Rounding<'_>, scratch: &mut Scratch) -> Measure {
+        let delta = self.wanted(rows, std::mem::take(&mut scratch.delta));
+        let replaced = self.replaced(rows);
+        let (original, dtype) = (self.original(rows), self.dtype());
+        let size = dtype.size();
+        scratch.bytes.resize(original.len(), 0);
+        let mut measure = Measure::default();
+        let (mut bases, mut sums) = ([0.0; CHUNK], [0.0; CHUNK]);
+        for (line, row) in rows.clone().enumerate() {
+            let (old, new) = (self.old.of(row), self.new.of(row));
+            for start in (0..self.cols).step_by(CHUNK) {
+                let count = CHUNK.min(self.cols - start);
+                let here = line * self.cols + start..line * self.cols + start + count;
+                let (base, values) = (&mut bases[..count], &mut sums[..count]);
+                let delta = &delta.data()[here.clone()];
+                load(dtype, &original[here.start * size..here.end * size], base);
+                if old != 1.0 {
+                    base.iter_mut().for_each(|b| *b *= old);
+                }
+                match &replaced {
+                    Some(replaced) => values.copy_from_slice(&replaced[here.clone()]),
+                    None => values.iter_mut().zip(base.iter().zip(delta)).for_each(|(v, (b, d))| *v = b + d),
+                }
+                if new != 1.0 {
+                    values.iter_mut().for_each(|v| *v /= new);
+                }
+                let out = &mut scratch.bytes[here.start * size..here.end * size];
+                measure.outside += store(values, dtype, rounding, (row * self.cols + start) as u64, out);
+                load(dtype, out, values);
+                measure += measured(new, values, base, delta);
             }
         }
-        let dtype = self.dtype();
-        out.clear();
-        out.resize(values.len() * dtype.size(), 0);
-        let outside = store(&values, dtype, rounding, (rows.start * self.cols) as u64, out);
-        load(dtype, out, &mut values);
-        let mut measure = Measure { outside, ..Measure::default() };
-        let width = self.cols.max(1);
-        let lines = values.chunks_exact(width).zip(base.chunks_exact(width).zip(delta.data().chunks_exact(width)));
-        for (row, (stored, (base, delta))) in rows.clone().zip(lines) {
-            let scale = if scaled { self.new.of(row) } else { 1.0 };
-            measure += measured(scale, stored, base, delta);
-        }
+        scratch.delta = delta.into_data();
         measure
     }
 
     /// The largest size of a number in each row of a tile, once changed.
     pub(super) fn largest(&self, rows: &Range<usize>) -> Vec<f64> {
-        let (base, delta) = self.wanted(rows);
+        let (base, delta) = (self.base(rows), self.wanted(rows, Vec::new()));
         let width = self.cols.max(1);
         let line =
             |(base, delta): (&[f64], &[f64])| base.iter().zip(delta).map(|(b, d)| (b + d).abs()).fold(0.0, f64::max);

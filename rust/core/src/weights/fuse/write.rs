@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::claims::{Claims, Touched};
-use super::work::{Measure, Work};
+use super::work::{Measure, Scratch, Work};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Source, write_at};
 use crate::random::Counter;
@@ -129,9 +129,10 @@ impl Rewrite<'_> {
         let done: Result<Vec<_>> = tiles
             .par_iter()
             .with_max_len(1)
-            .map_init(Vec::new, |buffer, rows| {
+            .map_init(Scratch::default, |scratch, rows| {
                 self.control.check()?;
-                let measure = work.tile(rows, rounding, buffer);
+                let measure = work.tile(rows, rounding, scratch);
+                let buffer = &scratch.bytes;
                 write_at(file, buffer, (start + rows.start * work.line()) as u64)
                     .map_err(|e| Error::io(path, "write the file", e))?;
                 self.control.advance(buffer.len());
