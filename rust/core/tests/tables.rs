@@ -26,7 +26,7 @@ fn flux_has_all_its_layers() {
     let family = &registry.families[registry.family("flux1").expect("built in")];
     let transformer = &family.components[family.component("transformer").expect("has one")];
     assert_eq!(layers(transformer, 0).len(), 504);
-    assert_eq!(layers(transformer, transformer.namespace("bfl").expect("has one")).len(), 314);
+    assert_eq!(layers(transformer, transformer.namespace("original").expect("has one")).len(), 314);
     assert_eq!(layers(transformer, transformer.namespace("xlabs").expect("has one")).len(), 19 * 4 + 38 * 2);
     let clip = &family.components[family.component("text_encoder").expect("has one")];
     assert_eq!(layers(clip, 0).iter().filter(|n| n.starts_with("text_model")).count(), 12 * 6);

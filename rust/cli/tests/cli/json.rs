@@ -134,7 +134,7 @@ fn formats_hold_the_tables() {
     assert_eq!(dialect("lycoris")["families"]["flux1"], "read");
     let rows = &formats["families"][0]["components"][0]["rows"];
     assert_eq!(rows[0]["op"], "fuse");
-    assert_eq!(rows[0]["names"]["bfl"], "double_blocks.{double}.img_attn.qkv");
+    assert_eq!(rows[0]["names"]["original"], "double_blocks.{double}.img_attn.qkv");
 }
 
 #[test]

@@ -21,7 +21,7 @@ mytool = "yes"
 [[place]]
 families = ["flux1"]
 component = "transformer"
-namespace = "bfl"
+namespace = "original"
 prefix = "my/tool/"
 "#;
 

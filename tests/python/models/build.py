@@ -1,0 +1,32 @@
+"""Parameter names and shapes of a model, from its own class on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Shapes = dict[str, tuple[int, ...]]
+Build = Callable[[], Shapes]
+
+
+def meta(make: Callable[[], object]) -> Build:
+    """Parameter shapes of a module that is built on the meta device, without memory."""
+
+    def build() -> Shapes:
+        import torch
+
+        with torch.device("meta"):
+            module = make()
+        return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+    return build
+
+
+def diffusers(name: str, **config: object) -> Build:
+    """A model of diffusers; what `config` leaves out is the class's default."""
+
+    def make() -> object:
+        import diffusers as library
+
+        return getattr(library, name)(**config)
+
+    return meta(make)

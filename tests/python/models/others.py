@@ -1,0 +1,9 @@
+"""Transformers for video and sound, and the rest."""
+
+from __future__ import annotations
+
+from .build import Build
+
+CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {}
+
+EMBEDDINGS: set[str] = set()
