@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import Build, Shapes, diffusers
+from .build import Build, Shapes, diffusers, meta
 
 
 def union(*builds: Build) -> Build:
@@ -16,6 +16,17 @@ def union(*builds: Build) -> Build:
         return merged
 
     return build
+
+
+def ltx2_connectors(**config: object) -> Build:
+    """What stands between LTX-2's text encoder and its transformer."""
+
+    def make() -> object:
+        from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+        return LTX2TextConnectors(**config)
+
+    return meta(make)
 
 
 VACE_14B = [0, 5, 10, 15, 20, 25, 30, 35]
@@ -35,11 +46,45 @@ WAN_14B = wan(VACE_14B, num_attention_heads=40)
 WAN_5B = wan(None, num_attention_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48)
 WAN_1_3B = wan(VACE_1_3B, num_attention_heads=12, num_layers=30, ffn_dim=8960)
 
+LTX_2_3 = {
+    "gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_gated_attn": True,
+    "audio_cross_attn_mod": True,
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+}
+LTX_2_3_CONNECTORS = {
+    "video_connector_num_attention_heads": 32,
+    "video_connector_num_layers": 8,
+    "video_gated_attn": True,
+    "audio_connector_num_attention_heads": 32,
+    "audio_connector_attention_head_dim": 64,
+    "audio_connector_num_layers": 8,
+    "audio_gated_attn": True,
+    "per_modality_projections": True,
+    "proj_bias": True,
+}
+
 # (family, size) -> component -> the shapes of its parameters.
 CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
     ("wan", "14b"): {"transformer": WAN_14B, "transformer_2": WAN_14B},
     ("wan", "5b"): {"transformer": WAN_5B},
     ("wan", "1.3b"): {"transformer": WAN_1_3B},
+    ("ltx-video", "2b"): {"transformer": diffusers("LTXVideoTransformer3DModel")},
+    ("ltx-video", "13b"): {
+        "transformer": diffusers(
+            "LTXVideoTransformer3DModel", num_layers=48, attention_head_dim=128, cross_attention_dim=4096
+        )
+    },
+    ("ltx2", "2.0"): {
+        "transformer": diffusers("LTX2VideoTransformer3DModel"),
+        "connectors": ltx2_connectors(),
+    },
+    ("ltx2", "2.3"): {
+        "transformer": diffusers("LTX2VideoTransformer3DModel", **LTX_2_3),
+        "connectors": ltx2_connectors(**LTX_2_3_CONNECTORS),
+    },
 }
 
 # Paths of matrices that no adapter factors: looked up, not multiplied.
