@@ -29,6 +29,17 @@ def ltx2_connectors(**config: object) -> Build:
     return meta(make)
 
 
+def qwen3(**config: int) -> Build:
+    """A text encoder of the third Qwen."""
+
+    def make() -> object:
+        from transformers import Qwen3Config, Qwen3Model
+
+        return Qwen3Model(Qwen3Config(num_key_value_heads=8, head_dim=128, vocab_size=151936, **config))
+
+    return meta(make)
+
+
 VACE_14B = [0, 5, 10, 15, 20, 25, 30, 35]
 VACE_1_3B = list(range(0, 30, 2))
 
@@ -76,6 +87,13 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
         "transformer": diffusers(
             "LTXVideoTransformer3DModel", num_layers=48, attention_head_dim=128, cross_attention_dim=4096
         )
+    },
+    ("anima", None): {
+        "transformer": diffusers(
+            "CosmosTransformer3DModel", in_channels=16, num_attention_heads=16, extra_pos_embed_type=None
+        ),
+        "text_conditioner": diffusers("AnimaTextConditioner"),
+        "text_encoder": qwen3(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16),
     },
     ("ltx2", "2.0"): {
         "transformer": diffusers("LTX2VideoTransformer3DModel"),
