@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import Build, Shapes, diffusers, meta
+from .build import Build, Converter, Shapes, diffusers, meta
 
 
 def union(*builds: Build) -> Build:
@@ -179,6 +179,27 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
     ("ltx2", "2.3"): {
         "transformer": diffusers("LTX2VideoTransformer3DModel", **LTX_2_3),
         "connectors": ltx2_connectors(**LTX_2_3_CONNECTORS),
+    },
+}
+
+# (family, size) -> how diffusers turns an original checkpoint into its own.
+CONVERTERS: dict[tuple[str, str | None], Converter] = {
+    **{
+        ("wan", size): Converter("convert_wan_transformer_to_diffusers", params={"scale_shift_table": "modulation"})
+        for size in ("14b", "5b", "1.3b")
+    },
+    **{("ltx-video", size): Converter("convert_ltx_transformer_checkpoint_to_diffusers") for size in ("2b", "13b")},
+    ("ltx2", "2.0"): Converter("convert_ltx2_transformer_to_diffusers"),
+    ("ltx2", "2.3"): Converter("convert_ltx2_transformer_to_diffusers", ignores=("prompt_adaln",)),
+    ("anima", None): Converter("convert_cosmos_transformer_checkpoint_to_diffusers", prefix="net."),
+    ("mochi", None): Converter("convert_mochi_transformer_checkpoint_to_diffusers", extras=("pos_frequencies",)),
+    **{
+        ("sana", size): Converter(
+            "convert_sana_transformer_to_diffusers",
+            extras=("pos_embed", "y_embedder.y_embedding", "final_layer.scale_shift_table"),
+            ignores=("norm_q", "norm_k"),
+        )
+        for size in ("1.6b", "0.6b", "4.8b")
     },
 }
 
