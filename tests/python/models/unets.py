@@ -30,6 +30,21 @@ def _xl(added: int) -> dict[str, object]:
     }
 
 
+def _prior(width: int, layers: tuple[int, int], heads: int) -> Build:
+    """Stable Cascade's stage C."""
+    return diffusers(
+        "StableCascadeUNet",
+        conditioning_dim=width,
+        block_out_channels=(width, width),
+        num_attention_heads=(heads, heads),
+        down_num_layers_per_block=layers,
+        up_num_layers_per_block=layers[::-1],
+        clip_text_in_channels=1280,
+        clip_image_in_channels=768,
+        switch_level=(False,),
+    )
+
+
 def _clip(hidden: int, layers: int, heads: int, *, projected: bool = True) -> Build:
     """A text model of CLIP; its projection, where it has one, is as wide as the model.
 
@@ -94,6 +109,8 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
         ),
         "text_encoder_2": _CLIP_G,
     },
+    ("cascade", "3.6b"): {"prior": _prior(2048, (8, 24), 32), "text_encoder": _CLIP_G},
+    ("cascade", "1b"): {"prior": _prior(1536, (4, 12), 24), "text_encoder": _CLIP_G},
 }
 
 # Paths of matrices that no adapter factors: looked up, not multiplied.
