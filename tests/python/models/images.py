@@ -107,7 +107,7 @@ T5_XXL = transformers(
     feed_forward_proj="gated-gelu",
 )
 
-LLAMA = transformers("LlamaModel", "LlamaConfig", **LLAMA3_8B)
+LLAMA = transformers("LlamaForCausalLM", "LlamaConfig", **LLAMA3_8B)
 
 CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
     ("qwen-image", None): {
@@ -144,4 +144,4 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
 }
 
 # Vocabularies differ between releases of one language model; T5 counts its distances in a table.
-EMBEDDINGS = {"embed_tokens", "shared", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"}
+EMBEDDINGS = {"embed_tokens", "model.embed_tokens", "shared", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"}
