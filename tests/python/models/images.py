@@ -144,4 +144,9 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
 }
 
 # Vocabularies differ between releases of one language model; T5 counts its distances in a table.
-EMBEDDINGS = {"embed_tokens", "model.embed_tokens", "shared", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"}
+EMBEDDINGS = {
+    "embed_tokens",
+    "model.embed_tokens",
+    "shared",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+}
