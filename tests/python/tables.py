@@ -44,6 +44,8 @@ class Model:
     names: dict[str, dict[str, dict[str, tuple[str, ...]]]] = field(default_factory=dict)
     # component -> namespace -> paths whose halves are exchanged
     swapped: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    # component -> namespace -> its path -> the parameter's name, where it is no layer that adapters factor
+    params: dict[str, dict[str, dict[str, str]]] = field(default_factory=dict)
 
 
 def number(value: int | str, sizes: dict[str, int]) -> int:
@@ -125,6 +127,8 @@ def _row(model: Model, component: str, spaces: list[str], row: dict[str, Any], s
             for filled in _numbered([*ours, their], blocks):
                 assert filled[-1] not in names, f"{model.family}: {space} names {filled[-1]} twice"
                 names[filled[-1]] = tuple(filled[:-1])
+                if op == "only":
+                    model.params.setdefault(component, {}).setdefault(space, {})[filled[-1]] = row["param"][space]
                 if op == "swap_halves":
                     model.swapped.setdefault(component, {}).setdefault(space, set()).add(filled[-1])
 
