@@ -1,12 +1,13 @@
 //! Which dialect and family a file is: by how many of its keys each explains, with shapes; metadata only breaks ties.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::error::{Code, Error, Result};
 use crate::io::{Source, TensorInfo};
-use crate::kind::Slot;
+use crate::kind::{Kind, Slot};
 use crate::native::{Base, Branches, recognise};
-use crate::table::{Dialect, Hit, Read, Registry};
+use crate::table::{Dialect, Hit, Op, Read, Registry};
 
 /// What a file was recognised as.
 #[derive(Debug, Clone)]
@@ -166,6 +167,7 @@ fn choose_family(
         }
     }
     let tied: Vec<usize> = (0..scores.len()).filter(allowed).filter(|&f| scores[f] == best).collect();
+    let tied = closest(registry, source, reads, tied);
     if tied.len() == 1 {
         return Ok((tied[0], tied, None));
     }
@@ -174,8 +176,12 @@ fn choose_family(
     if let Some(family) = behind.filter(|f| tied.contains(f)) {
         return Ok((family, tied, Some("base")));
     }
-    if let Some(hinted) = hinted(source, tied.iter().map(|&f| (f, registry.families[f].hints.as_slice()))) {
-        return Ok((hinted, tied, Some("metadata")));
+    let hints = || tied.iter().map(|&f| (f, registry.families[f].hints.as_slice()));
+    if let Some(family) = hinted(&said(source), hints(), registry) {
+        return Ok((family, tied, Some("metadata")));
+    }
+    if let Some(family) = hinted(&[name_of(source)], hints(), registry) {
+        return Ok((family, tied, Some("name")));
     }
     // Families that name and shape every key alike give one result: take the first and say so. Otherwise ask.
     if tied.windows(2).all(|pair| reads.iter().flatten().all(|read| alike(registry, read, pair[0], pair[1]))) {
@@ -187,27 +193,86 @@ fn choose_family(
         .hint(format!("add `--family {}`", names.join("` or `--family "))))
 }
 
-/// Whether a key means the same to both families.
+/// Of families that every key fits by itself, those whose modules most Kronecker products fit as wholes.
+fn closest(registry: &Registry, source: &Source, reads: &[Option<Read<'_>>], tied: Vec<usize>) -> Vec<usize> {
+    let mut products: BTreeMap<&str, (usize, BTreeMap<Slot, &[usize]>)> = BTreeMap::new();
+    for (at, (read, info)) in reads.iter().zip(source.tensors()).enumerate() {
+        if let Some(read) = read.as_ref().filter(|r| r.suffix.slot.kind() == Some(Kind::Lokr)) {
+            let module = products.entry(read.suffix.base).or_insert_with(|| (at, BTreeMap::new()));
+            module.1.insert(read.suffix.slot, &info.shape);
+        }
+    }
+    if tied.len() < 2 || products.is_empty() {
+        return tied;
+    }
+    let fitting = |family: usize| {
+        let whole = |(at, slots): &&(usize, BTreeMap<Slot, &[usize]>)| {
+            let hit = reads[*at].as_ref().and_then(|read| hit_in(read, family));
+            hit.is_some_and(|hit| kronecker(slots).is_some_and(|size| is_size(registry, hit, size)))
+        };
+        products.values().filter(whole).count()
+    };
+    let counts: Vec<usize> = tied.iter().map(|&f| fitting(f)).collect();
+    let best = counts.iter().copied().max().unwrap_or(0);
+    tied.into_iter().zip(counts).filter(|(_, count)| *count == best).map(|(f, _)| f).collect()
+}
+
+/// The size of the product of two factors, each whole or a product itself.
+fn kronecker(slots: &BTreeMap<Slot, &[usize]>) -> Option<(usize, usize)> {
+    let rows = |slot: Slot| slots.get(&slot)?.first().copied();
+    let cols = |slot: Slot| Some(slots.get(&slot)?.iter().skip(1).product::<usize>());
+    let factor = |whole: Slot, a: Slot, b: Slot| {
+        let pair = || Some((rows(a)?, cols(b)?));
+        rows(whole).zip(cols(whole)).or_else(pair)
+    };
+    let one = factor(Slot::LokrW1, Slot::LokrW1A, Slot::LokrW1B)?;
+    let two = factor(Slot::LokrW2, Slot::LokrW2A, Slot::LokrW2B)?;
+    Some((one.0 * two.0, one.1 * two.1))
+}
+
+fn is_size(registry: &Registry, hit: &Hit, (rows, cols): (usize, usize)) -> bool {
+    let row = &registry.families[hit.family].components[hit.component].rows[hit.row];
+    rows == hit.part.map_or_else(|| row.output(), |part| row.outputs[part]) && row.inputs.contains(&cols)
+}
+
+/// Whether a key is the same canonical module to both families.
 fn alike(registry: &Registry, read: &Read<'_>, a: usize, b: usize) -> bool {
     let describe = |family: usize| {
         hit_in(read, family).map(|hit| {
             let component = &registry.families[family].components[hit.component];
             let row = &component.rows[hit.row];
-            let names: Vec<String> = row.canonical.iter().map(|t| t.render(&hit.variables)).collect();
-            (&component.name, row.op, names, &row.outputs, hit.part)
+            let parts = hit.part.map_or(0..row.canonical.len(), |part| part..part + 1);
+            let names: Vec<String> = row.canonical[parts.clone()].iter().map(|t| t.render(&hit.variables)).collect();
+            let swapped = row.op == Op::SwapHalves && hit.namespace != 0;
+            (&component.name, names, &row.outputs[parts], swapped)
         })
     };
     describe(a) == describe(b)
 }
 
-fn hinted<'h>(source: &Source, candidates: impl Iterator<Item = (usize, &'h [String])>) -> Option<usize> {
+/// What the metadata says of the model, in lower case.
+fn said(source: &Source) -> Vec<String> {
     let keys = ["ss_base_model_version", "modelspec.architecture", "software", "base_model", "ot_branch"];
-    let values: Vec<String> = keys.iter().filter_map(|k| source.metadata_value(k)).map(str::to_lowercase).collect();
-    let mut found = candidates.filter(|(_, hints)| hints.iter().any(|h| values.iter().any(|v| v.contains(h.as_str()))));
-    match (found.next(), found.next()) {
-        (Some((only, _)), None) => Some(only),
-        _ => None,
-    }
+    keys.iter().filter_map(|k| source.metadata_value(k)).map(str::to_lowercase).collect()
+}
+
+/// The file's name in lower case, words joined by hyphens.
+fn name_of(source: &Source) -> String {
+    let stem = source.path().file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    stem.replace(['_', ' '], "-")
+}
+
+/// The one candidate of whose hints the texts hold one; of several sizes of one family the first.
+fn hinted<'h>(
+    texts: &[String],
+    candidates: impl Iterator<Item = (usize, &'h [String])>,
+    registry: &Registry,
+) -> Option<usize> {
+    let plain = |text: &str| text.replace('_', "-");
+    let holds = |hint: &String| texts.iter().any(|t| t.contains(hint.as_str()) || plain(t).contains(&plain(hint)));
+    let found: Vec<usize> = candidates.filter(|(_, hints)| hints.iter().any(holds)).map(|(f, _)| f).collect();
+    let one = found.windows(2).all(|pair| registry.families[pair[0]].name == registry.families[pair[1]].name);
+    found.first().copied().filter(|_| one)
 }
 
 /// Why no family was found, or not the one that was asked for: what fits better, a shape that fits nothing, or a key
@@ -282,7 +347,10 @@ fn choose_dialect(
     source: &Source,
     meanings: &[Meaning<'_>],
 ) -> (Option<usize>, Vec<(usize, usize)>) {
-    let hinted = hinted(source, registry.dialects.iter().map(|d| d.hints.as_slice()).enumerate());
+    let texts = said(source);
+    let speaks = |d: &Dialect| d.hints.iter().any(|h| texts.iter().any(|t| t.contains(h.as_str())));
+    let mut speaking = (0..registry.dialects.len()).filter(|&d| speaks(&registry.dialects[d]));
+    let hinted = speaking.next().filter(|_| speaking.next().is_none());
     // (keys explained, quality, hinted by metadata) for each dialect, in table order.
     let mut scores = vec![(0usize, 0usize, false); registry.dialects.len()];
     for (read, hit) in meanings.iter().flatten() {
@@ -316,12 +384,14 @@ fn choose_dialect(
 
 /// Warnings about how the family was chosen.
 pub fn family_warning(registry: &Registry, detection: &Detection) -> Option<crate::report::Warning> {
-    if detection.tie_break != Some("order") {
-        return None;
-    }
+    let why = match detection.tie_break {
+        Some("order") => "which comes first",
+        Some("name") => "as the file's name says",
+        _ => return None,
+    };
     let names: Vec<String> = detection.candidates.iter().map(|&f| registry.families[f].label()).collect();
     let detail = format!(
-        "the keys fit {} alike and mean the same to each; read as {}, `--family` says otherwise",
+        "the keys fit {} alike; read as {}, {why}; `--family` says otherwise",
         names.join(" and "),
         registry.families[detection.family].label()
     );

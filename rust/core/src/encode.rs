@@ -4,6 +4,7 @@ mod algebra;
 mod join;
 mod merge;
 mod peft;
+mod unsure;
 
 use std::collections::BTreeMap;
 
@@ -87,6 +88,7 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
     }
     let ledger = Ledger::new(composition, dialect, options.lossy, options.strength);
     options.algebra.check()?;
+    composition.terms().iter().try_for_each(|term| unsure::check(&term.adapter, dialect))?;
     let mut encoder = Encoder {
         adapter,
         dialect,
