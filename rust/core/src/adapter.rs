@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::detect::Detection;
+use crate::detect::{Detection, other_families};
 use crate::error::Result;
 use crate::io::Source;
-use crate::kind::Module;
+use crate::kind::{Kind, Module};
 use crate::native::{NativeInfo, needs_base};
 use crate::ops::expand::Expansion;
 use crate::report::Warning;
@@ -71,6 +71,20 @@ impl Adapter {
     /// The family's table.
     pub fn family_table(&self) -> &Family {
         &self.registry.families[self.family]
+    }
+
+    /// Families, other than its own, to whose models an input tensor belongs by name and shape.
+    pub fn families_of(&self, key: &str) -> Vec<String> {
+        let info = self.source.tensors().iter().find(|t| t.name == key);
+        info.map_or_else(Vec::new, |info| other_families(&self.registry, info, self.family))
+    }
+
+    /// Whether some of its modules are none of plain LoRA, and all those could be.
+    pub fn has_plain_form(&self) -> bool {
+        let other = |p: &&Placed| p.module.kind_name() != Kind::Lora.name() || p.module.has_core();
+        let accompanies = |kind: Kind| matches!(kind, Kind::Bias | Kind::Norm | Kind::Set);
+        let mut others = self.modules.values().filter(other).filter(|p| !accompanies(p.module.kind)).peekable();
+        others.peek().is_some() && others.all(|p| p.module.has_plain_form())
     }
 
     /// The table of a component.

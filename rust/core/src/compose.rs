@@ -115,11 +115,11 @@ impl<'a> Composition<'a> {
                 Error::new(Code::InvalidArgument, "there is nothing to compose").hint("name at least one adapter")
             );
         };
-        let family = &first.adapter.family_table().name;
+        let family = first.adapter.family_table().label();
         for term in &terms {
             term.strength.check().map_err(|e| e.at(term.adapter.source.path()))?;
             check_components(term)?;
-            let other = &term.adapter.family_table().name;
+            let other = term.adapter.family_table().label();
             if family != other {
                 let message = format!("it is {other}, but `{}` is {family}", first.adapter.source.path().display());
                 let hint = "adapters add only to the model they were made for; `--family` says what keys do not";
@@ -220,7 +220,7 @@ pub fn agree<'a>(adapters: &[&'a Adapter]) -> Result<Vec<Cow<'a, Adapter>>> {
     let common = adapters.iter().flat_map(|a| &a.detection.candidates).copied().find(|f| fits(*f));
     let one = |adapter: &&'a Adapter| match common {
         Some(family) if family != adapter.family => {
-            let given = Given { family: Some(family), ..Given::default() };
+            let given = Given { families: vec![family], ..Given::default() };
             decode(&adapter.registry, &adapter.source, &given).map(Cow::Owned)
         }
         _ => Ok(Cow::Borrowed(*adapter)),
@@ -379,7 +379,7 @@ impl<'a> Ledger<'a> {
             let able = self.able(module);
             let mut ways = Vec::new();
             ways.extend((!able.is_empty()).then(|| format!("`--to {}` can hold it", able.join("` or `--to "))));
-            ways.extend(has_plain_form(module).then(|| "`lorafmt expand` makes plain LoRA of it".to_owned()));
+            ways.extend(module.has_plain_form().then(|| "`lorafmt expand` makes plain LoRA of it".to_owned()));
             if code == Code::UnsupportedKind && !reason.contains("--max-rank") && !ways.is_empty() {
                 error = error.hint(format!("{}; `--lossy allow` leaves such modules out", ways.join("; ")));
             }
@@ -487,19 +487,13 @@ fn fates(composition: &Composition<'_>) -> Vec<Fate> {
     fates
 }
 
-/// Whether it is a difference that is none of plain LoRA, and could be one.
-fn has_plain_form(module: &Module) -> bool {
-    match module.kind {
-        Kind::Lora => module.is_dora() || module.has_core(),
-        Kind::Loha | Kind::Lokr | Kind::Oft | Kind::Glora | Kind::Ia3 => true,
-        Kind::Full | Kind::Norm | Kind::Set | Kind::Bias => false,
-    }
-}
-
 fn unknown_key(adapter: &Adapter, name: &str) -> Error {
     let read_as = adapter.detection.dialect_name(&adapter.registry);
-    let mut message = format!("`{name}` is unknown (file read as {read_as} {})", adapter.family_table().name);
-    if let Some(nearest) = adapter.registry.nearest(name) {
+    let mut message = format!("`{name}` is unknown (file read as {read_as} {})", adapter.family_table().label());
+    let others = adapter.families_of(name);
+    if !others.is_empty() {
+        message += &format!("; it is a key of {}", others.join(", "));
+    } else if let Some(nearest) = adapter.registry.nearest(name) {
         message += &format!("; the nearest known key is `{nearest}`");
     }
     Error::new(Code::UnknownKey, message).key(name).at(adapter.source.path())

@@ -80,7 +80,7 @@ pub enum Target<'a> {
 /// Names given by the user, as numbers of the tables.
 pub fn given(registry: &Registry, family: Option<&str>, from: Option<&str>) -> Result<Given> {
     Ok(Given {
-        family: family.map(|name| registry.family(name)).transpose()?,
+        families: family.map(|name| registry.sizes(name)).transpose()?.unwrap_or_default(),
         dialect: from.map(|name| registry.dialect(name)).transpose()?,
         ..Given::default()
     })
@@ -137,7 +137,7 @@ fn in_two_steps(composition: &Composition<'_>, options: &EncodeOptions) -> Resul
     write_to(&mut bytes, &Layout::of(&changed), &Control::default())?;
     let names: Vec<&str> = composition.terms().iter().map(|t| t.name.as_str()).collect();
     let source = Source::from_bytes(Path::new(&names.join("+")), Box::new(bytes))?;
-    let given = Given { family: Some(first.family), ..Given::default() };
+    let given = Given { families: vec![first.family], ..Given::default() };
     let adapter = decode(&first.registry, &Arc::new(source), &given)?;
     let second = EncodeOptions { algebra: Algebra::default(), strength: 1.0, ..options.clone() };
     let mut plan = encode(&Composition::of(&adapter), &second)?;

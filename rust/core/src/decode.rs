@@ -217,8 +217,8 @@ impl Decoder<'_> {
         for (&slot, (index, _)) in &group.slots {
             if !matches!(slot, Slot::Alpha | Slot::Reshape) {
                 let tensor = Tensor::input(self.source, *index);
-                // Beside a core, 1x1 is what the factor of a convolution looks like.
-                let convolution = group.slots.contains_key(&Slot::Mid);
+                // Of a convolution, or beside a core, 1x1 is what a factor looks like.
+                let convolution = group.slots.contains_key(&Slot::Mid) || !row.kernel.is_empty();
                 tensors.insert(slot, if convolution { tensor } else { as_matrix(slot, tensor) });
             }
         }

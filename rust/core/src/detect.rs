@@ -42,8 +42,8 @@ impl Detection {
 /// What the caller knows already.
 #[derive(Debug, Clone, Default)]
 pub struct Given {
-    /// The family.
-    pub family: Option<usize>,
+    /// The families that it may be of; any, if there are none.
+    pub families: Vec<usize>,
     /// The dialect.
     pub dialect: Option<usize>,
     /// The quantized base, whose branches are taken off a native adapter.
@@ -114,16 +114,31 @@ fn hit_in<'r>(read: &'r Read<'_>, family: usize) -> Option<&'r Hit> {
     read.hits.iter().find(|h| h.family == family)
 }
 
-/// Whether the shape is one that the tensor can have in this module. Kinds whose shapes are free always fit.
+/// Whether the shape is one that the tensor can have in this module. Of a product only one factor is seen at a time, so
+/// there it is enough that the other can make up the rest.
 fn fits(registry: &Registry, hit: &Hit, slot: Slot, shape: &[usize]) -> bool {
     let row = &registry.families[hit.family].components[hit.component].rows[hit.row];
     let output = hit.part.map_or_else(|| row.output(), |part| row.outputs[part]);
     let rows = shape.first().copied().unwrap_or(1);
-    let cols = || shape.iter().skip(1).product::<usize>();
+    let cols = shape.iter().skip(1).product::<usize>();
+    let area: usize = row.kernel.iter().product();
+    // Beside a core a factor has the channels alone.
+    let channels = |cols: usize| row.inputs.iter().any(|&width| width == cols || width == cols * area);
+    let divides = |part: usize, whole: usize| part > 0 && whole.is_multiple_of(part);
     match slot {
-        Slot::Down => row.inputs.contains(&cols()),
+        Slot::Down => channels(cols),
         Slot::Up | Slot::Bias | Slot::DiffB | Slot::WNorm | Slot::BNorm => rows == output,
-        Slot::Diff | Slot::Set => rows == output && (row.inputs.is_empty() || row.inputs.contains(&cols())),
+        Slot::Diff | Slot::Set => rows == output && (row.inputs.is_empty() || row.inputs.contains(&cols)),
+        // With a core the factors of the output are transposed.
+        Slot::HadaW1A | Slot::HadaW2A => rows == output || cols == output,
+        Slot::HadaW1B | Slot::HadaW2B => channels(cols),
+        Slot::LokrW1 => divides(rows, output) && row.inputs.iter().any(|&width| divides(cols, width)),
+        Slot::LokrW2 => divides(rows, output) && row.inputs.iter().any(|&width| divides(cols, width)),
+        Slot::LokrW1A => divides(rows, output),
+        Slot::LokrW1B => row.inputs.iter().any(|&width| divides(cols, width)),
+        Slot::LokrW2A => divides(rows, output) || divides(cols, output),
+        Slot::LokrW2B => row.inputs.iter().any(|&width| divides(cols, width)),
+        Slot::Magnitude => rows == output || channels(cols) || cols == 1 && channels(rows),
         _ => true,
     }
 }
@@ -135,19 +150,22 @@ fn choose_family(
     scores: &[usize],
     given: &Given,
 ) -> Result<(usize, Vec<usize>, Option<&'static str>)> {
-    let best = scores.iter().copied().max().unwrap_or(0);
-    if let Some(family) = given.family {
-        if scores[family] == 0 {
-            return Err(no_family(registry, source, reads, Some(family)));
-        }
-        return Ok((family, vec![family], None));
-    }
+    let allowed = |f: &usize| given.families.is_empty() || given.families.contains(f);
+    let best = (0..scores.len()).filter(allowed).map(|f| scores[f]).max().unwrap_or(0);
     // Text encoders are shared by many families: beside unknown keys they prove none.
-    let main = reads.iter().flatten().any(|read| read.hits.iter().any(|hit| hit.component == 0));
-    if best == 0 || (!main && reads.iter().any(Option::is_none)) {
-        return Err(no_family(registry, source, reads, None));
+    let main = |f: usize| reads.iter().flatten().any(|read| hit_in(read, f).is_some_and(|hit| hit.component == 0));
+    let proven = || (0..scores.len()).filter(|&f| scores[f] > 0).any(main) || reads.iter().all(Option::is_some);
+    if best == 0 || (given.families.is_empty() && !proven()) {
+        return Err(no_family(registry, source, reads, &given.families, scores));
     }
-    let tied: Vec<usize> = (0..scores.len()).filter(|&f| scores[f] == best).collect();
+    // A family whose model is not met, while that of another one is, was named by mistake.
+    if !given.families.is_empty() && !given.families.iter().any(|&f| main(f)) {
+        let better = (0..scores.len()).any(|f| scores[f] > best && main(f));
+        if better {
+            return Err(no_family(registry, source, reads, &given.families, scores));
+        }
+    }
+    let tied: Vec<usize> = (0..scores.len()).filter(allowed).filter(|&f| scores[f] == best).collect();
     if tied.len() == 1 {
         return Ok((tied[0], tied, None));
     }
@@ -163,7 +181,7 @@ fn choose_family(
     if tied.windows(2).all(|pair| reads.iter().flatten().all(|read| alike(registry, read, pair[0], pair[1]))) {
         return Ok((tied[0], tied, Some("order")));
     }
-    let names: Vec<&str> = tied.iter().map(|&f| registry.families[f].name.as_str()).collect();
+    let names: Vec<String> = tied.iter().map(|&f| registry.families[f].label()).collect();
     Err(Error::new(Code::AmbiguousFamily, format!("the file fits {} equally well", names.join(" and ")))
         .at(source.path())
         .hint(format!("add `--family {}`", names.join("` or `--family "))))
@@ -192,28 +210,59 @@ fn hinted<'h>(source: &Source, candidates: impl Iterator<Item = (usize, &'h [Str
     }
 }
 
-fn no_family(registry: &Registry, source: &Source, reads: &[Option<Read<'_>>], given: Option<usize>) -> Error {
+/// Why no family was found, or not the one that was asked for: what fits better, a shape that fits nothing, or a key
+/// that nothing knows.
+fn no_family(
+    registry: &Registry,
+    source: &Source,
+    reads: &[Option<Read<'_>>],
+    given: &[usize],
+    scores: &[usize],
+) -> Error {
+    let wanted = |f: usize| given.is_empty() || given.contains(&f);
+    let total = source.tensors().len();
+    let first = source.tensors().first().map_or("", |t| t.name.as_str());
+    let best = scores.iter().copied().max().unwrap_or(0);
+    if let (Some(&asked), 1..) = (given.first(), best) {
+        let asked = &registry.families[asked].name;
+        let own = given.iter().map(|&f| scores[f]).max().unwrap_or(0);
+        let fitting: Vec<usize> = (0..scores.len()).filter(|&f| scores[f] == best && !given.contains(&f)).collect();
+        let labels: Vec<String> = fitting.iter().map(|&f| registry.families[f].label()).collect();
+        if !labels.is_empty() {
+            let names = labels.join(", ");
+            let message = format!("{asked} explains {own} of {total} keys; {names} explains {best}");
+            let hint = format!("leave `--family` out, or add `--family {}`", labels[0]);
+            return Error::new(Code::UnknownFamily, message).key(first).at(source.path()).hint(hint);
+        }
+    }
     let pairs = || reads.iter().zip(source.tensors()).filter_map(|(r, t)| Some((r.as_ref()?, t)));
-    let wrong_shape = pairs().find(|(r, _)| given.is_none_or(|f| hit_in(r, f).is_some()));
+    let known = |read: &Read<'_>| read.hits.iter().any(|hit| wanted(hit.family));
     let misfit = |(read, info): &(&Read<'_>, &TensorInfo)| {
-        !read.hits.iter().any(|hit| fits(registry, hit, read.suffix.slot, &info.shape))
+        known(read) && !read.hits.iter().any(|hit| fits(registry, hit, read.suffix.slot, &info.shape))
     };
-    let wrong_shape = wrong_shape.filter(|(r, _)| !r.hits.is_empty()).filter(misfit);
-    if let Some((read, info)) = wrong_shape {
-        let family = given.unwrap_or(read.hits[0].family);
-        let name = &registry.families[family].name;
-        let message = format!("`{}` has shape {:?}, which no module of that name has in {name}", info.name, info.shape);
+    if let Some((read, info)) = pairs().find(misfit) {
+        let family = read.hits.iter().map(|hit| hit.family).find(|&f| wanted(f)).unwrap_or(read.hits[0].family);
+        let (family, shape) = (registry.families[family].label(), &info.shape);
+        let message = format!("`{}` has shape {shape:?}, which no module of that name has in {family}", info.name);
         return Error::new(Code::ShapeMismatch, message).key(&info.name).at(source.path());
     }
     let strange = reads.iter().zip(source.tensors()).find(|(read, _)| read.is_none()).map(|(_, info)| info);
-    let key = strange.or(source.tensors().first()).map_or("", |t| t.name.as_str());
-    let what = match given {
-        Some(family) => format!("no key belongs to {}", registry.families[family].name),
+    let key = strange.map_or(first, |t| t.name.as_str());
+    let what = match given.first() {
+        Some(&family) => format!("no key belongs to {}", registry.families[family].name),
         None => "the keys belong to no known model family".to_owned(),
     };
     let error = Error::new(Code::UnknownFamily, format!("{what}; one is `{key}`")).key(key).at(source.path());
-    let names: Vec<&str> = registry.families.iter().map(|f| f.name.as_str()).collect();
-    error.hint(format!("known families: {}; `--table FILE` adds one", names.join(", ")))
+    error.hint(format!("known families: {}; `--table FILE` adds one", registry.family_names().join(", ")))
+}
+
+/// The families, other than its own, of whose model a key is.
+pub(crate) fn other_families(registry: &Registry, info: &TensorInfo, own: usize) -> Vec<String> {
+    let Some(read) = registry.read(&info.name) else { return Vec::new() };
+    let fitting = read.hits.iter().filter(|hit| fits(registry, hit, read.suffix.slot, &info.shape));
+    let mut names: Vec<String> = fitting.map(|hit| hit.family).filter(|&f| f != own).map(|f| registry.families[f].label()).collect();
+    names.dedup();
+    names
 }
 
 /// How well a dialect explains a key: 0 not at all; 1 for the prefix, one more each for the names and the suffix that
@@ -270,11 +319,11 @@ pub fn family_warning(registry: &Registry, detection: &Detection) -> Option<crat
     if detection.tie_break != Some("order") {
         return None;
     }
-    let names: Vec<&str> = detection.candidates.iter().map(|&f| registry.families[f].name.as_str()).collect();
+    let names: Vec<String> = detection.candidates.iter().map(|&f| registry.families[f].label()).collect();
     let detail = format!(
         "the keys fit {} alike and mean the same to each; read as {}, `--family` says otherwise",
         names.join(" and "),
-        registry.families[detection.family].name
+        registry.families[detection.family].label()
     );
     Some(crate::report::Warning::new(Code::AmbiguousFamily.as_str(), None, detail))
 }

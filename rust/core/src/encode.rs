@@ -467,7 +467,7 @@ impl<'a> Encoder<'a> {
             out.push(Output { key: format!("{base}{suffix}"), tensor });
         };
         for (&slot, tensor) in &s.module.tensors {
-            let tensor = self.typed(tensor.clone());
+            let tensor = shaped(s.row, slot, self.typed(tensor.clone()));
             match slot {
                 Slot::DiffB if !s.dialect.spelling.contains_key(&Slot::DiffB) => push(Slot::Bias, tensor),
                 Slot::Magnitude if s.dialect.column_magnitude => {
@@ -511,6 +511,22 @@ impl<'a> Encoder<'a> {
             _ => tensor,
         }
     }
+}
+
+/// A factor or difference of a convolution in the shape that its layer has.
+fn shaped(row: &Row, slot: Slot, tensor: Tensor) -> Tensor {
+    let (rows, cols, area) = (tensor.rows(), tensor.cols(), row.kernel.iter().product::<usize>());
+    if row.kernel.is_empty() {
+        return tensor;
+    }
+    let points = vec![1; row.kernel.len()];
+    let (channels, kernel) = match slot {
+        Slot::Down | Slot::Diff if row.inputs.contains(&cols) => (cols / area, &row.kernel),
+        // Beside a core, which has the kernel.
+        Slot::Down | Slot::Up => (cols, &points),
+        _ => return tensor,
+    };
+    tensor.reshaped([rows, channels].into_iter().chain(kernel.iter().copied()).collect())
 }
 
 /// Up with as many dimensions as down has: of a convolution it is one of 1x1.

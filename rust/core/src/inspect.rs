@@ -7,12 +7,12 @@ use serde::Serialize;
 use crate::adapter::Adapter;
 use crate::convert::kind_name;
 use crate::error::{Error, Result};
-use crate::kind::{Kind, Slot};
+use crate::kind::Slot;
 use crate::native::NativeInfo;
 use crate::native::manifest::{Entry, Manifest};
 use crate::ops::{Weights, weights};
 use crate::report::{AlphaCount, Warning};
-use crate::table::Registry;
+use crate::table::{Answer, Program, Registry};
 
 /// How a part of the keys is spelled.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]
@@ -35,6 +35,9 @@ pub struct Loader {
     /// Whether that takes the quantized base: to come behind its branches, or to take them off.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub needs_base: bool,
+    /// Whether its modules have to be made plain LoRA on the way (`lorafmt expand`).
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub expand: bool,
 }
 
 /// What a file is.
@@ -52,6 +55,8 @@ pub struct Inspection {
     pub dialects: Vec<Spelling>,
     /// The family.
     pub family: String,
+    /// Which of its sizes, if the model comes in several.
+    pub variant: Option<String>,
     /// All families that explain the keys equally well.
     pub families: Vec<String>,
     /// Share of the keys that are understood.
@@ -174,6 +179,7 @@ pub fn inspect(adapter: &Adapter, problems: &[Error]) -> Inspection {
             .map(|&(d, keys)| Spelling { dialect: registry.dialects[d].name.clone(), keys })
             .collect(),
         family: adapter.family_table().name.clone(),
+        variant: adapter.family_table().variant.clone(),
         families: detection.candidates.iter().map(|&f| registry.families[f].name.clone()).collect(),
         coverage: detection.coverage(),
         kind: kind_name(adapter).to_owned(),
@@ -229,34 +235,47 @@ impl Inspection {
     }
 }
 
-/// What the dialect's table says of programs, and where another dialect would help.
+/// What programs make of the file as it is, and where another dialect, or plain LoRA, would help.
 fn loaders(registry: &Registry, adapter: &Adapter) -> Vec<Loader> {
-    let plain = adapter
-        .modules
-        .values()
-        .all(|p| matches!(p.module.kind, Kind::Lora | Kind::Bias | Kind::Set) && !p.module.is_dora());
-    let topic = if plain { adapter.family_table().name.as_str() } else { "other" };
-    let says = |d: usize| registry.dialects[d].loaders.get(topic);
-    let mut names: Vec<&String> = (0..registry.dialects.len()).filter_map(says).flat_map(|m| m.keys()).collect();
-    names.sort();
-    names.dedup();
-    let own = adapter.detection.dialect.and_then(says);
-    let answer = |name: &String| {
-        let loads = match (adapter.detection.dialect, own.and_then(|m| m.get(name))) {
-            (_, Some(text)) => text.clone(),
-            (None, None) => "no: the keys are of several dialects".to_owned(),
-            (Some(_), None) => "no".to_owned(),
-        };
-        let better = (0..registry.dialects.len()).find(|&d| {
-            registry.dialects[d].writes(adapter.family)
-                && says(d).is_some_and(|m| m.get(name).is_some_and(|t| t == "yes"))
-        });
-        let better = better.filter(|_| loads != "yes");
-        let taken_off = adapter.native.as_ref().is_some_and(|n| n.needs_base);
-        let behind = |d: usize| registry.dialects[d].native(adapter.family).is_some();
-        let needs_base = better.is_some_and(|d| taken_off || behind(d));
-        let convert_to = better.map(|d| registry.dialects[d].name.clone());
-        Loader { name: name.clone(), loads, convert_to, needs_base }
+    let family = adapter.family_table().name.as_str();
+    let mut kinds: Vec<&str> = adapter.modules.values().map(|p| p.module.kind_name()).collect();
+    kinds.sort_unstable();
+    kinds.dedup();
+    // Of several kinds the worst answer counts; one that is not known counts for nothing.
+    let says = |program: &'_ Program, dialect: usize, kinds: &[&str]| -> Option<(Answer, String)> {
+        let name = &registry.dialects[dialect].name;
+        let rules = kinds.iter().filter_map(|kind| program.rule(name, family, kind));
+        rules.min_by_key(|rule| rule.answer).map(|rule| (rule.answer, rule.text()))
     };
-    names.into_iter().map(answer).collect()
+    let taken_off = adapter.native.as_ref().is_some_and(|n| n.needs_base);
+    let behind = |d: usize| registry.dialects[d].native(adapter.family).is_some();
+    let better = |program: &Program, kinds: &[&str]| {
+        (0..registry.dialects.len()).find(|&d| {
+            registry.dialects[d].writes(adapter.family)
+                && says(program, d, kinds).is_some_and(|(answer, _)| answer == Answer::Yes)
+        })
+    };
+    let answer = |program: &Program| {
+        let own = adapter.detection.dialect.map(|d| says(program, d, &kinds));
+        let held = better(program, &kinds);
+        let plain = better(program, &["lora"]).filter(|_| held.is_none() && adapter.has_plain_form());
+        let (answer, loads) = match own {
+            Some(Some(known)) => known,
+            // Where another form is known to load and this one is not, say so.
+            _ if held.or(plain).is_none() => return None,
+            None => (Answer::No, "no: the keys are of several dialects".to_owned()),
+            Some(None) => (Answer::No, "not known".to_owned()),
+        };
+        let target = held.or(plain).filter(|_| answer != Answer::Yes);
+        Some(Loader {
+            name: program.name.clone(),
+            loads,
+            convert_to: target.map(|d| registry.dialects[d].name.clone()),
+            needs_base: target.is_some_and(|d| taken_off || behind(d)),
+            expand: target.is_some() && held.is_none(),
+        })
+    };
+    let mut out: Vec<Loader> = registry.programs.iter().filter_map(answer).collect();
+    out.sort_by(|a, b| a.name.cmp(&b.name));
+    out
 }

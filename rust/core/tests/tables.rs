@@ -158,7 +158,7 @@ fn names_within_a_namespace_are_unique() {
 fn broken_tables_are_refused() {
     let dialect = |body: &str| format!("name = \"x\"\ntitle = \"X\"\nalpha = \"folded\"\n{body}");
     let place =
-        "[[place]]\nfamilies = [\"flux1\"]\ncomponent = \"transformer\"\nnamespace = \"bfl\"\nprefix = \"p.\"\n";
+        "[[place]]\nfamilies = [\"flux1\"]\ncomponent = \"transformer\"\nnamespace = \"original\"\nprefix = \"p.\"\n";
     let good = dialect(&format!("[spelling]\ndown = \".d\"\nup = \".u\"\n{place}"));
     assert!(Registry::with_tables(std::slice::from_ref(&good)).is_ok());
     let cases = [
@@ -167,7 +167,7 @@ fn broken_tables_are_refused() {
         dialect(&format!("[spelling]\nside = \".d\"\n{place}")),
         good.replace("flux1", "flux9"),
         good.replace("transformer", "unet"),
-        good.replace("\"bfl\"", "\"ldm\""),
+        good.replace("\"original\"", "\"ldm\""),
         good.replace("name = \"x\"", "name = \"civitai\""),
         format!(
             "{good}\n[[extend]]\nfamilies = [\"flux1\"]\ncomponent = \"transformer\"\nnamespace = \"mine\"\nrows = [{{ diffusers = \"a.{{treble}}\", mine = \"b\", in = 1, out = 1 }}]\n"

@@ -135,7 +135,7 @@ fn suffixes() -> &'static [(Slot, String)] {
 fn file(decisions: &mut Decisions<'_>) -> Option<(Arc<Source>, Given)> {
     let registry = Registry::builtin();
     let given = Given {
-        family: decisions.once_in(8).then(|| decisions.below(registry.families.len())),
+        families: decisions.once_in(8).then(|| decisions.below(registry.families.len())).into_iter().collect(),
         dialect: decisions.once_in(8).then(|| decisions.below(registry.dialects.len())),
         ..Given::default()
     };

@@ -90,7 +90,7 @@ pub(crate) fn converted(
             let source = Source::from_bytes(Path::new("<converted>"), Box::new(bytes))?;
             let first = composition.first();
             let base = base.as_ref().map(|b| Arc::clone(&b.get().inner));
-            let given = Given { family: Some(first.family), base, ..Given::default() };
+            let given = Given { families: vec![first.family], base, ..Given::default() };
             let (inner, problems) = decode_lenient(&first.registry, &Arc::new(source), &given)?;
             Ok((Adapter { inner, problems }, to_json(&report)))
         })

@@ -24,7 +24,7 @@ pub(crate) fn expand_adapter(
     enter(py, None, |control| {
         let adapter = adapter.get().sound()?;
         let how = how(options)?;
-        let base = base_weights.map(|path| Checkpoint::open(&adapter.registry, &path, Some(adapter.family)));
+        let base = base_weights.map(|path| Checkpoint::open(&adapter.registry, &path, &[adapter.family]));
         let (inner, report) = expand(adapter, base.transpose()?.as_ref(), &how, control)?;
         Ok((Adapter { inner, problems: Vec::new() }, to_json(&report)))
     })

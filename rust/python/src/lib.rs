@@ -182,7 +182,7 @@ impl Adapter {
     /// Checks structure, pairs, shapes, names and values; JSON.
     fn check(&self, py: Python<'_>) -> PyResult<String> {
         enter(py, None, |_| {
-            let given = Given { family: Some(self.inner.family), ..Given::default() };
+            let given = Given { families: vec![self.inner.family], ..Given::default() };
             core_check(&self.inner.registry, &self.inner.source, &given).map(|report| to_json(&report))
         })
     }

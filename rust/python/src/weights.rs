@@ -17,8 +17,9 @@ use crate::compose::{Terms, strength};
 use crate::enter::enter;
 use crate::{Adapter, options, registry, to_json};
 
-fn family(registry: &Registry, name: Option<&str>) -> Result<Option<usize>> {
-    name.map(|name| registry.family(name)).transpose()
+/// The families that a name stands for; any, if there is none.
+fn family(registry: &Registry, name: Option<&str>) -> Result<Vec<usize>> {
+    name.map(|name| registry.sizes(name)).transpose().map(Option::unwrap_or_default)
 }
 
 /// Writes a checkpoint with adapters added; the report as JSON.
@@ -105,8 +106,8 @@ pub(crate) fn extract(
             lossy: given.lossy,
         };
         let dialect = registry.dialect(&given.to)?;
-        let base = Checkpoint::open(&registry, &base, family(&registry, given.family.as_deref())?)?;
-        let tuned = Checkpoint::open(&registry, &tuned, Some(base.family()))?;
+        let base = Checkpoint::open(&registry, &base, &family(&registry, given.family.as_deref())?)?;
+        let tuned = Checkpoint::open(&registry, &tuned, &[base.family()])?;
         let (inner, report) = core_extract(&tuned, &base, dialect, &how, control)?;
         Ok((Adapter { inner, problems: Vec::new() }, to_json(&report)))
     })

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 Shapes = dict[str, tuple[int, ...]]
 Build = Callable[[], Shapes]
+
+
+@dataclass(frozen=True)
+class Converter:
+    """A function of `diffusers.loaders.single_file_utils` that reads an original checkpoint."""
+
+    function: str
+    prefix: str = ""
+    # What it wants in a checkpoint that no adapter names.
+    extras: tuple[str, ...] = ()
+    # Plain parameters: diffusers' name -> the original's.
+    params: dict[str, str] = field(default_factory=dict)
+    # Parts of the names that it does not know, because it was written for an earlier version of the model.
+    ignores: tuple[str, ...] = ()
 
 
 def meta(make: Callable[[], object]) -> Build:

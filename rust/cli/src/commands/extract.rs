@@ -16,7 +16,7 @@ use crate::targets;
 
 pub(super) fn run(args: &ExtractArgs, context: &mut Context) -> Result<ExitStatus> {
     let registry = context.registry()?;
-    let family = args.family.as_deref().map(|name| registry.family(name)).transpose()?;
+    let family = args.family.as_deref().map(|name| registry.sizes(name)).transpose()?.unwrap_or_default();
     let to = args.to.clone().unwrap_or_else(|| registry.dialects[0].name.clone());
     let dialect = registry.dialect(&to)?;
     let goal = targets::explicit(&args.output)?;
@@ -33,8 +33,8 @@ pub(super) fn run(args: &ExtractArgs, context: &mut Context) -> Result<ExitStatu
     let found = Found { inputs: vec![Input::new(&args.output)], many: false };
     Ok(context.answer_all(&found, context.out.view, |_, input, progress| {
         let started = Instant::now();
-        let base = Checkpoint::open(&registry, &args.base, family)?;
-        let tuned = Checkpoint::open(&registry, &args.tuned, Some(base.family()))?;
+        let base = Checkpoint::open(&registry, &args.base, &family)?;
+        let tuned = Checkpoint::open(&registry, &args.tuned, &[base.family()])?;
         let (adapter, report) =
             watched(progress, &input.path, |control| extract(&tuned, &base, dialect, &how, control))?;
         let job = Job {

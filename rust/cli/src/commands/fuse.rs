@@ -16,7 +16,7 @@ use crate::{ExitStatus, interrupt};
 
 pub(super) fn run(args: &FuseArgs, context: &mut Context) -> Result<ExitStatus> {
     let registry = context.registry()?;
-    let family = args.family.as_deref().map(|name| registry.family(name)).transpose()?;
+    let family = args.family.as_deref().map(|name| registry.sizes(name)).transpose()?.unwrap_or_default();
     refuse_streams(&args.output)?;
     args.undo.as_deref().map_or(Ok(()), refuse_streams)?;
     let ingredients = Ingredients::of(&args.sources, &args.places)?;
@@ -39,7 +39,7 @@ pub(super) fn run(args: &FuseArgs, context: &mut Context) -> Result<ExitStatus> 
         let started = Instant::now();
         let adapters = ingredients.open(&registry, &reading, None)?;
         let adapters: Vec<&Adapter> = adapters.iter().collect();
-        let (checkpoint, agreed) = open_behind(&registry, &args.base, family, &adapters)?;
+        let (checkpoint, agreed) = open_behind(&registry, &args.base, &family, &adapters)?;
         let composition = Composition::new(ingredients.terms(&agreed)?)?;
         let mut report =
             watched(progress, &input.path, |control| fuse(&checkpoint, &composition, &args.output, &options, control))?;

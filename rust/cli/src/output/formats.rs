@@ -88,7 +88,6 @@ fn dialect(registry: &Registry, dialect: &Dialect) -> Value {
         "hints": dialect.hints,
         "reserved": dialect.reserved,
         "spelling": spelling,
-        "loaders": dialect.loaders,
         "places": places.collect::<Vec<_>>(),
     })
 }
@@ -103,6 +102,7 @@ fn family(family: &Family) -> Value {
     };
     json!({
         "name": family.name,
+        "variant": family.variant,
         "title": family.title,
         "hints": family.hints,
         "components": family.components.iter().map(component).collect::<Vec<_>>(),
@@ -121,5 +121,5 @@ fn row(component: &Component, row: &Row) -> Value {
         names.extend(name.map(|name| (namespace.clone(), name)));
         params.extend(row.params[n].as_ref().map(|param| (namespace.clone(), param.clone().into())));
     }
-    json!({"op": row.op.name(), "names": names, "params": params, "in": row.inputs, "out": row.outputs})
+    json!({"op": row.op.name(), "names": names, "params": params, "in": row.inputs, "out": row.outputs, "kernel": row.kernel})
 }

@@ -15,8 +15,9 @@ down = ".shrink"
 up = ".grow"
 alpha = ".loudness"
 
-[loaders.flux1]
-mytool = "yes"
+[[loader]]
+name = "mytool"
+rules = [{ answer = "yes", source = "mine" }]
 
 [[place]]
 families = ["flux1"]

@@ -107,6 +107,15 @@ impl Module {
         if self.kind == Kind::Lora && self.is_dora() { "dora" } else { self.kind.name() }
     }
 
+    /// Whether it is a difference that is none of plain LoRA, and could be one.
+    pub fn has_plain_form(&self) -> bool {
+        match self.kind {
+            Kind::Lora => self.is_dora() || self.has_core(),
+            Kind::Loha | Kind::Lokr | Kind::Oft | Kind::Glora | Kind::Ia3 => true,
+            Kind::Full | Kind::Norm | Kind::Set | Kind::Bias => false,
+        }
+    }
+
     /// The rank that alpha is divided by; `None` where alpha means nothing (LoKr of two full factors, full differences).
     pub fn rank(&self) -> Option<usize> {
         rank_of(&self.tensors)

@@ -542,7 +542,7 @@ pub fn disassemble(registry: &Arc<Registry>, source: &Arc<Source>, base: Option<
         return Err(Error::new(Code::InvalidArgument, "it is no native file").at(source.path()));
     };
     let given = |base: &Option<Arc<Base>>, only: Option<usize>| Given {
-        family: Some(branches.family),
+        families: vec![branches.family],
         base: base.clone(),
         only,
         ..Given::default()

@@ -88,8 +88,8 @@ pub struct DiffReport {
 
 /// Compares module by module. Both adapters must be of one family.
 pub fn diff(a: &Adapter, b: &Adapter, tolerance: f64) -> Result<DiffReport> {
-    if a.family_table().name != b.family_table().name {
-        let message = format!("one file is {}, the other {}", a.family_table().name, b.family_table().name);
+    if a.family != b.family {
+        let message = format!("one file is {}, the other {}", a.family_table().label(), b.family_table().label());
         return Err(Error::new(Code::InvalidArgument, message)
             .at(b.source.path())
             .hint("say `--family` if both are the same"));

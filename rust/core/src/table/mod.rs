@@ -5,10 +5,13 @@
 //! `fuse` is undone by cutting, `swap_halves` undoes itself, and `only` limits a row to parameters that are replaced
 //! or shifted (norms, embeddings).
 
+mod family;
 mod load;
+mod loaders;
 mod lookup;
 mod native;
 pub mod pattern;
+mod place;
 mod raw;
 
 use std::collections::BTreeMap;
@@ -18,6 +21,7 @@ use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
 pub(crate) use lookup::edit_distance;
+pub use loaders::{Answer, Program, Rule};
 pub use lookup::{Hit, Read, SuffixMatch};
 pub use native::{Layer, Native};
 use pattern::Template;
@@ -73,10 +77,12 @@ pub struct Row {
     pub names: Vec<Option<Template>>,
     /// The parameter's name in each namespace, for `only`.
     pub params: Vec<Option<String>>,
-    /// Input widths that occur; the first is that of the base model. Empty for vectors.
+    /// Input widths that occur, kernel included; the first is that of the base model. Empty for vectors.
     pub inputs: Vec<usize>,
     /// Output rows of each canonical module.
     pub outputs: Vec<usize>,
+    /// The axes of a convolution's kernel; empty for a linear layer.
+    pub kernel: Vec<usize>,
 }
 
 impl Row {
@@ -91,6 +97,8 @@ impl Row {
 pub struct Component {
     /// The name, as diffusers calls the part of the pipeline.
     pub name: String,
+    /// The component file that gave its rows, if one did.
+    pub shared: Option<String>,
     /// Namings of its modules; the first is canonical.
     pub namespaces: Vec<String>,
     /// The rows.
@@ -143,11 +151,13 @@ impl Component {
     }
 }
 
-/// A base-model architecture.
+/// A base-model architecture, in one of its sizes.
 #[derive(Debug, Clone)]
 pub struct Family {
     /// The name, part of the public contract.
     pub name: String,
+    /// Which of the sizes that bear this name, if it has several.
+    pub variant: Option<String>,
     /// The name for people.
     pub title: String,
     /// Lower-case substrings of metadata that speak for this family.
@@ -157,6 +167,11 @@ pub struct Family {
 }
 
 impl Family {
+    /// The name with the size, for messages.
+    pub fn label(&self) -> String {
+        self.variant.as_ref().map_or_else(|| self.name.clone(), |size| format!("{}-{size}", self.name))
+    }
+
     /// The number of a component.
     pub fn component(&self, name: &str) -> Option<usize> {
         self.components.iter().position(|c| c.name == name)
@@ -209,8 +224,6 @@ pub struct Dialect {
     pub reserved: Vec<String>,
     /// The suffix written for each slot it can hold.
     pub spelling: BTreeMap<Slot, String>,
-    /// Loader by loader and family, whether it takes such a file.
-    pub loaders: BTreeMap<String, BTreeMap<String, String>>,
     /// Where it puts what.
     pub places: Vec<Place>,
     /// The layers of quantized models that it makes branches for.
@@ -259,6 +272,8 @@ pub struct Registry {
     pub families: Vec<Family>,
     /// The dialects, in their order.
     pub dialects: Vec<Dialect>,
+    /// Programs that load adapters.
+    pub programs: Vec<Program>,
     suffixes: Vec<lookup::Suffix>,
     paths: FxHashMap<String, Vec<lookup::Entry>>,
     prefixes: Vec<lookup::Prefix>,
@@ -279,14 +294,32 @@ impl Registry {
         load::registry(tables).map(Arc::new)
     }
 
-    /// The number of a family.
+    /// The number of a family; of its first size, if it has several.
     pub fn family(&self, name: &str) -> Result<usize> {
-        let find = |name: &str| self.families.iter().position(|f| f.name == name);
-        find(name).or_else(|| find(&name.replace('-', ""))).ok_or_else(|| {
-            let known: Vec<&str> = self.families.iter().map(|f| f.name.as_str()).collect();
-            Error::new(Code::InvalidArgument, format!("no family is called `{name}`"))
-                .hint(format!("families: {}", known.join(", ")))
-        })
+        Ok(self.sizes(name)?[0])
+    }
+
+    /// The numbers of a family in all its sizes (`wan`), or in one (`wan-14b`).
+    pub fn sizes(&self, name: &str) -> Result<Vec<usize>> {
+        let plain = |text: &str| text.replace(['-', '_', '.'], "").to_lowercase();
+        let wanted = plain(name);
+        let all = |of: &dyn Fn(&Family) -> bool| -> Vec<usize> {
+            (0..self.families.len()).filter(|&f| of(&self.families[f])).collect()
+        };
+        let named = all(&|f| plain(&f.name) == wanted);
+        let found = if named.is_empty() { all(&|f| plain(&f.label()) == wanted) } else { named };
+        if found.is_empty() {
+            return Err(Error::new(Code::InvalidArgument, format!("no family is called `{name}`"))
+                .hint(format!("families: {}", self.family_names().join(", "))));
+        }
+        Ok(found)
+    }
+
+    /// The names of all families, each once.
+    pub fn family_names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.families.iter().map(|f| f.name.as_str()).collect();
+        names.dedup();
+        names
     }
 
     /// The number of a dialect, by name or alias.

@@ -102,6 +102,8 @@ impl Template {
     /// The same template followed by `suffix`, which is taken literally.
     #[must_use]
     pub fn with_suffix(&self, suffix: &str) -> Self {
+        // A parameter of the model itself stands behind no dot.
+        let suffix = if self.segments.is_empty() { suffix.trim_start_matches('.') } else { suffix };
         let tail = Self::parse(suffix, &BTreeMap::new(), &mut Vec::new()).unwrap_or(Self { segments: vec![] });
         let segments = self.segments.iter().cloned().chain(tail.segments).collect();
         Self { segments }

@@ -10,11 +10,38 @@ use serde::Deserialize;
 pub(super) struct Family {
     pub name: String,
     pub title: String,
+    #[serde(default = "last")]
+    pub order: u32,
     #[serde(default)]
     pub hints: Vec<String>,
+    /// Dialects that are written for it; `None` for all that have a place for it.
+    pub dialects: Option<Vec<String>>,
+    #[serde(default)]
+    pub sizes: Sizes,
     #[serde(default)]
     pub blocks: BTreeMap<String, u32>,
+    #[serde(default)]
+    pub lists: Lists,
+    #[serde(default)]
+    pub variant: Vec<Variant>,
     pub component: Vec<Component>,
+}
+
+/// Named widths.
+pub(super) type Sizes = BTreeMap<String, usize>;
+
+/// Paths that belong together: list by list, the entries in each namespace.
+pub(super) type Lists = BTreeMap<String, BTreeMap<String, Vec<String>>>;
+
+/// A size in which a model comes: what differs from the family's own numbers.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Variant {
+    pub name: String,
+    #[serde(default)]
+    pub sizes: Sizes,
+    #[serde(default)]
+    pub blocks: BTreeMap<String, u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -27,32 +54,75 @@ pub(super) struct Component {
     pub namespaces: Vec<String>,
     #[serde(default)]
     pub rows: Vec<Row>,
+    /// Where dialects put it, as far as their own tables do not say so.
+    #[serde(default)]
+    pub places: BTreeMap<String, Exception>,
 }
 
-/// A component file: a text encoder that several families have.
+/// What differs for one component from what a dialect does with all components of its name.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Exception {
+    pub prefix: Option<OneOrMany<String>>,
+    pub namespace: Option<String>,
+    pub carried: Option<bool>,
+    pub write: Option<bool>,
+}
+
+/// A component file: a part that several models have, or one model twice.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Shared {
     pub name: String,
     pub namespaces: Vec<String>,
     pub rows: Vec<Row>,
+    /// Whether sizes and block counts are those of the family.
+    #[serde(default)]
+    pub open: bool,
+    #[serde(default)]
+    pub sizes: Sizes,
     #[serde(default)]
     pub blocks: BTreeMap<String, u32>,
+    #[serde(default)]
+    pub lists: Lists,
 }
 
 #[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
-pub(super) enum OneOrMany {
-    One(usize),
-    Many(Vec<usize>),
+pub(super) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
 }
 
-impl OneOrMany {
-    pub(super) fn to_vec(&self) -> Vec<usize> {
+impl<T> OneOrMany<T> {
+    pub(super) fn as_slice(&self) -> &[T] {
         match self {
-            OneOrMany::One(n) => vec![*n],
-            OneOrMany::Many(all) => all.clone(),
+            OneOrMany::One(one) => std::slice::from_ref(one),
+            OneOrMany::Many(all) => all,
         }
+    }
+}
+
+/// A width: a number, or sums and products of numbers and named sizes, as `3*hidden + 2*ffn`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Width {
+    Number(usize),
+    Text(String),
+}
+
+impl Width {
+    pub(super) fn value(&self, sizes: &Sizes) -> Result<usize, String> {
+        let text = match self {
+            Width::Number(n) => return Ok(*n),
+            Width::Text(text) => text,
+        };
+        let factor = |word: &str| match (word.parse(), sizes.get(word)) {
+            (Ok(n), _) | (Err(_), Some(&n)) => Ok(n),
+            _ => Err(format!("`{text}` uses the unknown size `{word}`")),
+        };
+        let term = |term: &str| term.split('*').map(|word| factor(word.trim())).product::<Result<usize, String>>();
+        text.split('+').map(term).sum()
     }
 }
 
@@ -70,10 +140,14 @@ pub(super) enum RawOp {
 pub(super) struct Row {
     #[serde(default)]
     pub op: RawOp,
-    pub r#in: Option<OneOrMany>,
-    pub out: OneOrMany,
+    pub r#in: Option<OneOrMany<Width>>,
+    pub out: OneOrMany<Width>,
+    /// Of a convolution: its length on every axis, or on both if it is one number.
+    pub kernel: Option<OneOrMany<usize>>,
     #[serde(default)]
     pub param: BTreeMap<String, String>,
+    /// The sizes of the model that have it; `None` for all.
+    pub variants: Option<Vec<String>>,
     /// The name in each namespace; the loader checks that no other field is among them.
     #[serde(flatten)]
     pub names: BTreeMap<String, String>,
@@ -101,9 +175,10 @@ pub(super) struct Dialect {
     #[serde(default)]
     pub reserved: Vec<String>,
     pub spelling: BTreeMap<String, String>,
-    #[serde(default)]
-    pub loaders: BTreeMap<String, BTreeMap<String, String>>,
     pub place: Vec<Place>,
+    /// Programs that load it, beside those of the common table.
+    #[serde(default)]
+    pub loader: Vec<super::Program>,
     /// Layers of quantized models.
     #[serde(default)]
     pub native: Vec<Native>,
@@ -146,9 +221,15 @@ fn last() -> u32 {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Place {
-    pub families: Vec<String>,
-    pub component: String,
-    pub namespace: String,
+    /// Families; `None` for all that have the component and one of the namespaces.
+    pub families: Option<Vec<String>>,
+    /// Components, by name; `None` for any.
+    pub component: Option<OneOrMany<String>>,
+    /// The component, by the file that gives its rows.
+    pub r#use: Option<String>,
+    /// Whose names are written: the first that the component has.
+    pub namespace: OneOrMany<String>,
+    /// `{component}` is the component's name.
     pub prefix: String,
     #[serde(default)]
     pub also: Vec<String>,

@@ -17,13 +17,13 @@ use crate::table::Registry;
 pub fn open_behind<'a>(
     registry: &Arc<Registry>,
     path: &Path,
-    family: Option<usize>,
+    families: &[usize],
     adapters: &[&'a Adapter],
 ) -> Result<(Checkpoint, Vec<Cow<'a, Adapter>>)> {
     let agreed = agree(adapters)?;
-    let checkpoint = match (Checkpoint::open(registry, path, family), agreed.first()) {
+    let checkpoint = match (Checkpoint::open(registry, path, families), agreed.first()) {
         (Err(error), Some(first)) if error.code() == Code::AmbiguousFamily => {
-            Checkpoint::open(registry, path, Some(first.family)).map_err(|_| error)?
+            Checkpoint::open(registry, path, &[first.family]).map_err(|_| error)?
         }
         (opened, _) => opened?,
     };
@@ -33,7 +33,7 @@ pub fn open_behind<'a>(
         return Ok((checkpoint, agreed));
     }
     let again = |adapter: &Cow<'a, Adapter>| {
-        let given = Given { family: Some(family), ..Given::default() };
+        let given = Given { families: vec![family], ..Given::default() };
         decode(&adapter.registry, &adapter.source, &given).map(Cow::Owned)
     };
     let agreed = agreed.iter().map(again).collect::<Result<_>>()?;

@@ -75,7 +75,7 @@ impl Checkpoint {
     ///
     /// The family is recognised by names and shapes, unless it is given. Missing shards, an index that names absent
     /// tensors, tensors that stand twice and cut files are errors.
-    pub fn open(registry: &Arc<Registry>, path: &Path, family: Option<usize>) -> Result<Self> {
+    pub fn open(registry: &Arc<Registry>, path: &Path, families: &[usize]) -> Result<Self> {
         let files = Files::find(registry, path)?;
         let mut shards = Vec::new();
         for (number, group) in files.groups.iter().enumerate() {
@@ -87,7 +87,7 @@ impl Checkpoint {
         }
         check_shards(&files, &shards)?;
         let meanings = meanings(registry, &files, &shards);
-        let family = choose(registry, &shards, &meanings, family).map_err(|e| e.at(path))?;
+        let family = choose(registry, &shards, &meanings, families).map_err(|e| e.at(path))?;
         let mut checkpoint = Self {
             registry: Arc::clone(registry),
             family,
@@ -331,7 +331,7 @@ fn choose(
     registry: &Registry,
     shards: &[Shard],
     meanings: &[(At, Vec<Meaning>)],
-    given: Option<usize>,
+    given: &[usize],
 ) -> Result<usize> {
     let mut scores = vec![0usize; registry.families.len()];
     for ((shard, tensor), found) in meanings {
@@ -342,11 +342,13 @@ fn choose(
         families.dedup();
         families.iter().for_each(|&f| scores[f] += 1);
     }
+    if !given.is_empty() {
+        (0..scores.len()).filter(|f| !given.contains(f)).for_each(|f| scores[f] = 0);
+    }
     let best = scores.iter().copied().max().unwrap_or(0);
     let first = || shards.iter().flat_map(|s| s.source.tensors()).next().map_or("", |t| t.name.as_str());
-    match given {
-        Some(family) if scores[family] > 0 => return Ok(family),
-        Some(family) => {
+    match given.first() {
+        Some(&family) if best == 0 => {
             let message = format!("it holds no weights of {}; it holds `{}`", registry.families[family].name, first());
             return Err(Error::new(Code::UnknownFamily, message).key(first()));
         }
@@ -355,13 +357,13 @@ fn choose(
             let hint = "a base is the model itself: its weights as .safetensors, in any of the family's namings";
             return Err(Error::new(Code::UnknownFamily, message).key(first()).hint(hint));
         }
-        None => {}
+        _ => {}
     }
     let tied: Vec<usize> = (0..scores.len()).filter(|&f| scores[f] == best).collect();
     if let [one] = tied.as_slice() {
         return Ok(*one);
     }
-    let names: Vec<&str> = tied.iter().map(|&f| registry.families[f].name.as_str()).collect();
+    let names: Vec<String> = tied.iter().map(|&f| registry.families[f].label()).collect();
     let message = format!("the checkpoint fits {} equally well", names.join(" and "));
     Err(Error::new(Code::AmbiguousFamily, message).hint(format!("add `--family {}`", names.join("` or `--family "))))
 }

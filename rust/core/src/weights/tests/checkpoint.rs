@@ -18,7 +18,7 @@ fn parts_of_fused_tensors_and_exchanged_halves() {
             ("vae.decoder.weight", tensor(Dtype::F32, &[1], &[1.0])),
         ],
     );
-    let base = Checkpoint::open(&registry, &path, None).unwrap();
+    let base = Checkpoint::open(&registry, &path, &[]).unwrap();
     assert_eq!(registry.families[base.family()].name, "toy");
     assert_eq!(base.weight(0, "blocks.1.attn.k").unwrap().to_f64(), qkv[64..128]);
     assert_eq!(base.bias(0, "blocks.1.attn.v").unwrap().to_f64(), qkv[16..24]);
@@ -46,7 +46,7 @@ fn fp8_with_one_scale_or_one_for_each_row() {
             ("scaled_fp8", tensor(Dtype::F8E4M3, &[0], &[])),
         ],
     );
-    let base = Checkpoint::open(&registry, &path, None).unwrap();
+    let base = Checkpoint::open(&registry, &path, &[]).unwrap();
     let want: Vec<f64> = proj.to_f64().iter().map(|v| v * 0.25).collect();
     assert_eq!(base.weight(0, "blocks.0.attn.out.0").unwrap().to_f64(), want);
     let exact = qkv.to_f64();
@@ -77,7 +77,7 @@ fn shards_by_index_by_folder_and_in_a_pipeline() {
     let (q, k) = shards(&inner);
     std::fs::write(folder.path().join("model_index.json"), "{}").unwrap();
     for path in [inner.join("m.safetensors.index.json"), inner, folder.path().to_path_buf()] {
-        let base = Checkpoint::open(&registry, &path, None).unwrap();
+        let base = Checkpoint::open(&registry, &path, &[]).unwrap();
         assert_eq!(base.weight(0, "blocks.0.attn.q").unwrap().to_f64(), q.to_f64());
         assert_eq!(base.weight(0, "blocks.0.attn.k").unwrap().to_f64(), k.to_f64());
     }
@@ -88,7 +88,7 @@ fn damaged_sets_of_shards() {
     let (registry, folder) = (toy(), tempfile::tempdir().unwrap());
     let place = folder.path();
     let fails = |code: Code, said: &str| {
-        let error = Checkpoint::open(&registry, place, None).unwrap_err();
+        let error = Checkpoint::open(&registry, place, &[]).unwrap_err();
         assert_eq!(error.code(), code, "{error}");
         assert!(error.to_string().contains(said), "{error}");
     };
@@ -121,7 +121,7 @@ fn one_parameter_under_two_names_is_refused() {
     let path = folder.path().join("base.safetensors");
     let t = |seed| tensor(Dtype::BF16, &[8, 8], &values(64, seed));
     save(&path, &[("layers.0.proj.weight", t(1)), ("blocks.0.attn.out.0.weight", t(2))]);
-    assert_eq!(Checkpoint::open(&registry, &path, None).unwrap_err().code(), Code::DuplicateModule);
+    assert_eq!(Checkpoint::open(&registry, &path, &[]).unwrap_err().code(), Code::DuplicateModule);
     save(&path, &[("something.else", t(1))]);
-    assert_eq!(Checkpoint::open(&registry, &path, None).unwrap_err().code(), Code::UnknownFamily);
+    assert_eq!(Checkpoint::open(&registry, &path, &[]).unwrap_err().code(), Code::UnknownFamily);
 }

@@ -17,7 +17,7 @@ fn run(base: &Path, adapters: &[(&Path, f64)], out: &Path, options: &FuseOptions
         .map(|(path, _)| decode(&registry, &Arc::new(Source::open(path)?), &Given::default()))
         .collect::<crate::Result<_>>()?;
     let terms = opened.iter().zip(adapters).map(|(a, (_, s))| Term::new(a, Strength::uniform(*s))).collect();
-    let checkpoint = Checkpoint::open(&registry, base, None)?;
+    let checkpoint = Checkpoint::open(&registry, base, &[])?;
     fuse(&checkpoint, &Composition::new(terms)?, out, options, &Control::default())
 }
 
