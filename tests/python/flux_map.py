@@ -162,6 +162,9 @@ def _flatten(paths: dict) -> dict[str, str]:
     return flat
 
 
+shapes = {name: (out, WIDE_INPUTS if in_ is None else (in_,)) for name, (out, in_) in SHAPES.items()}
+"""Diffusers module -> (out, every width of in), as the oracle asks for it."""
+
 FLATTENED = {
     "transformer": _flatten(TRANSFORMER),
     "text_encoder": _flatten(TEXT_ENCODERS["text_encoder"]),

@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from flux_map import SHAPES, WIDE_INPUTS, Target, resolve
+import flux_map
+from flux_map import Target
 from tensorfile import TensorFile, save
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -153,6 +154,9 @@ _NAME = r"(?:\.(?P<adapter>[^.]+))?"
 _SLOTS = [
     (slot, re.compile(rf"^(?P<path>.*?){suffix}$"))
     for slot, suffix in [
+        ("mid", r"\.lora_mid\.weight"),
+        ("down", r"(?:(?<=to_[qkv])|(?<=to_out))_lora\.down\.weight"),
+        ("up", r"(?:(?<=to_[qkv])|(?<=to_out))_lora\.up\.weight"),
         ("down", r"\.lora_down\.weight"),
         ("up", r"\.lora_up\.weight"),
         ("down", r"\.lora_linear_layer\.down\.weight"),
@@ -170,7 +174,7 @@ _SLOTS = [
         ("magnitude", r"\.dora_scale"),
         ("alpha", r"\.alpha"),
         ("diff_b", r"\.(?:diff_b|b_norm)"),
-        ("diff", r"(?:\.scale)?\.(?:diff|w_norm)"),
+        ("diff", r"(?:\.scale)?\.(?:diff|diff_m|w_norm)"),
         ("reshape", r"\.reshape_weight"),
         ("set", r"(?:\.scale)?\.set_weight"),
         ("set", r"(?<=_norm)\.scale"),
@@ -256,8 +260,8 @@ def _factor(slots: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _matrix(values: np.ndarray) -> np.ndarray:
-    """Linear weights are at times stored as 1x1 convolutions."""
-    return values.reshape(values.shape[:2]) if values.ndim == 4 else values
+    """Of a convolution, and of a linear layer stored as one: channels and kernel side by side."""
+    return values.reshape(values.shape[0], -1)
 
 
 def _terms(slots: dict[str, np.ndarray], side: Side | None, path: str) -> Iterator[tuple[str, Term]]:
@@ -267,6 +271,10 @@ def _terms(slots: dict[str, np.ndarray], side: Side | None, path: str) -> Iterat
     if "down" in slots or "up" in slots:
         down, up = _matrix(slots["down"]), _matrix(slots["up"])
         scale = _scale(alpha, side, path, down.shape[0])
+        if "mid" in slots:
+            # LyCORIS, functional/general.py, rebuild_tucker: the core has the kernel.
+            core = np.einsum("pq...,qj->pj...", _f64(slots["mid"]), _f64(down))
+            down = core.reshape(core.shape[0], -1)
         yield "", LowRank(down, up, scale)
     if "hada_w1_b" in slots:
         rank = slots["hada_w1_b"].shape[0]
@@ -277,7 +285,7 @@ def _terms(slots: dict[str, np.ndarray], side: Side | None, path: str) -> Iterat
         kron_scale = 1.0 if split is None else _scale(alpha, side, path, split.shape[0])
         yield "", Kron(_factor(slots, "lokr_w1"), _factor(slots, "lokr_w2"), kron_scale)
     if "diff" in slots:
-        yield "", Full(slots["diff"])
+        yield "", Full(_matrix(slots["diff"]) if slots["diff"].ndim > 1 else slots["diff"])
     if "lora_bias" in slots:
         yield "#bias", Full(slots["lora_bias"], scale)
     if "diff_b" in slots:
@@ -303,17 +311,24 @@ def locate(path: str | Path) -> tuple[Path, Path]:
     return file, file.parent / "adapter_config.json"
 
 
-def reference(path: str | Path) -> Reference:
+def reference(path: str | Path, names: Any = flux_map) -> Reference:
     """Every module's delta. A key that has no place raises `UnknownKey`: nothing is left out unseen."""
     file, config = locate(path)
     tensors = TensorFile(file)
-    return meaning(tensors, tensors.metadata, _side(json.loads(config.read_text())) if config.exists() else None)
+    side = _side(json.loads(config.read_text())) if config.exists() else None
+    return meaning(tensors, tensors.metadata, side, names)
 
 
 def meaning(
-    tensors: TensorFile | Mapping[str, np.ndarray], metadata: dict[str, str], config_side: Side | None
+    tensors: TensorFile | Mapping[str, np.ndarray],
+    metadata: dict[str, str],
+    config_side: Side | None,
+    names: Any = flux_map,
 ) -> Reference:
-    """The same of tensors by themselves, and what is known of alpha from outside them."""
+    """The same of tensors by themselves, and what is known of alpha from outside them.
+
+    `names` has `resolve` and `shapes` of the model's family.
+    """
     modules: dict[str, dict[str, np.ndarray]] = {}
     adapters: set[str | None] = set()
     for key in tensors:
@@ -326,7 +341,7 @@ def meaning(
 
     result: Reference = {}
     for source, slots in modules.items():
-        found = resolve(source)
+        found = names.resolve(source)
         if found is None:
             raise UnknownKey(f"{source} ({', '.join(slots)})")
         targets, dotted = found
@@ -336,18 +351,18 @@ def meaning(
             for target in targets:
                 rows = None if suffix == "#magnitude_in" else _rows(target, term.shape[0])
                 part = term if rows is None else term.take(rows)
-                _check_shape(target.module, suffix, part)
+                _check_shape(names.shapes, target.module, suffix, part)
                 result.setdefault(target.module + suffix, Delta()).terms.append(part)
     return result
 
 
-def _check_shape(module: str, suffix: str, term: Term) -> None:
-    if module not in SHAPES:
+def _check_shape(shapes: dict[str, tuple[int, tuple[int, ...]]], module: str, suffix: str, term: Term) -> None:
+    if module not in shapes:
         return
-    out, in_ = SHAPES[module]
-    if suffix == "":
+    out, widths = shapes[module]
+    if suffix == "" and len(term.shape) == 2:
         assert term.shape[0] == out, f"{module}: {term.shape}"
-        assert term.shape[1] in (WIDE_INPUTS if in_ is None else (in_,)), f"{module}: {term.shape}"
+        assert not widths or term.shape[1] in widths, f"{module}: {term.shape}"
     elif suffix in ("#bias", "#magnitude"):
         assert term.shape == (out,), f"{module}{suffix}: {term.shape}"
 
@@ -488,6 +503,7 @@ def thin(listing: dict[str, Any], blocks: tuple[int, ...] = (0, 11, 18, 37)) -> 
 _RANK_AXIS = {
     "down": 0,
     "up": 1,
+    "mid": 0,
     "lokr_w1_a": 1,
     "lokr_w1_b": 0,
     "lokr_w2_a": 1,

@@ -25,6 +25,8 @@ class Layer:
     inputs: int
     kernel: tuple[int, ...] = ()
     param: str | None = None
+    # All input widths that occur, the first being `inputs`.
+    widths: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,13 +109,14 @@ def _row(model: Model, component: str, spaces: list[str], row: dict[str, Any], s
     op = row.get("op", "rename")
     outs = row["out"] if isinstance(row["out"], list) else [row["out"]]
     outs = [number(value, sizes) for value in outs]
-    inputs = row.get("in", 0)
-    inputs = number(inputs[0] if isinstance(inputs, list) else inputs, sizes)
+    widths = row.get("in", [])
+    widths = tuple(number(width, sizes) for width in (widths if isinstance(widths, list) else [widths]))
+    inputs = widths[0] if widths else 0
     kernel = row.get("kernel", ())
     kernel = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
     param = row.get("param", {}).get(spaces[0])
     for i, path in enumerate(canonical):
-        layer = Layer(outs[i if op == "fuse" else 0], inputs, kernel, param)
+        layer = Layer(outs[i if op == "fuse" else 0], inputs, kernel, param, widths)
         for (filled,) in _numbered([path], blocks):
             before = layers.setdefault(filled, layer)
             assert before == layer, f"{model.family}: {filled} is {before} and {layer}"
@@ -133,17 +136,22 @@ def _row(model: Model, component: str, spaces: list[str], row: dict[str, Any], s
                     model.swapped.setdefault(component, {}).setdefault(space, set()).add(filled[-1])
 
 
+def raw(family: str) -> dict[str, Any]:
+    """The file of a family."""
+    return tomllib.loads((DATA / "families" / f"{family}.toml").read_text(encoding="utf-8"))
+
+
 def load(family: str) -> list[Model]:
     """All sizes of a family."""
-    raw = tomllib.loads((DATA / "families" / f"{family}.toml").read_text(encoding="utf-8"))
+    table = raw(family)
     models = []
-    for variant in raw.get("variant", [{}]):
-        model = Model(raw["name"], variant.get("name"))
-        for part in raw["component"]:
+    for variant in table.get("variant", [{}]):
+        model = Model(table["name"], variant.get("name"))
+        for part in table["component"]:
             source = part
-            sizes = {**raw.get("sizes", {}), **variant.get("sizes", {})}
-            blocks = {**raw.get("blocks", {}), **variant.get("blocks", {})}
-            lists = raw.get("lists", {})
+            sizes = {**table.get("sizes", {}), **variant.get("sizes", {})}
+            blocks = {**table.get("blocks", {}), **variant.get("blocks", {})}
+            lists = table.get("lists", {})
             if "use" in part:
                 source = tomllib.loads((DATA / "components" / f"{part['use']}.toml").read_text(encoding="utf-8"))
                 sizes = {**source.get("sizes", {}), **sizes}

@@ -49,7 +49,7 @@ pub(crate) fn fuse(
         let adapters: Vec<&CoreAdapter> = terms.iter().map(|(a, _)| a.get().sound()).collect::<Result<_>>()?;
         let registry = adapters.first().map_or_else(registry, |a| Arc::clone(&a.registry));
         let wanted = family(&registry, given.family.as_deref())?;
-        let (checkpoint, agreed) = open_behind(&registry, &base, wanted, &adapters)?;
+        let (checkpoint, agreed) = open_behind(&registry, &base, &wanted, &adapters)?;
         let term = |(adapter, (_, given)): (_, &(_, Option<String>))| {
             Ok(Term::new(adapter, strength(adapter, given.as_deref())?))
         };
