@@ -196,7 +196,7 @@ def _values(pipe: Any) -> set[float]:
                     if not name.startswith("base_layer.") and not parameter.is_meta:
                         found |= set(parameter.detach().unique().tolist())
         norms = getattr(part, "_transformer_norm_layers", None)
-        for name, parameter in part.named_parameters() if norms else ():
+        for parameter in part.parameters() if norms else ():
             if parameter.ndim == 1 and not parameter.is_meta:
                 found |= set(parameter.detach().unique().tolist())
     return found
@@ -208,7 +208,7 @@ def load(family: str, listing: dict[str, list[int]]) -> Outcome:
     pipe = pipeline(family)
     try:
         pipe.load_lora_weights(tensors)
-    except Exception as error:  # noqa: BLE001 - any way of failing is the answer
+    except Exception as error:  # any way of failing is the answer
         return Outcome(frozenset(), frozenset(marks.values()), f"{type(error).__name__}: {error}")
     found = _values(pipe)
     loaded = frozenset(key for mark, key in marks.items() if mark in found)
