@@ -74,7 +74,11 @@ PIPELINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cogvideox": ("CogVideoXLoraLoaderMixin", "CogVideoXTransformer3DModel", {}),
     "mochi": ("Mochi1LoraLoaderMixin", "MochiTransformer3DModel", {}),
     "krea2": ("Krea2LoraLoaderMixin", "Krea2Transformer2DModel", {}),
-    "anima": ("AnimaLoraLoaderMixin", "CosmosTransformer3DModel", {"num_layers": 28, "num_attention_heads": 16}),
+    "anima": (
+        "AnimaLoraLoaderMixin",
+        "CosmosTransformer3DModel",
+        {"num_layers": 28, "num_attention_heads": 16, "text_embed_dim": 1024},
+    ),
     "ideogram4": ("Ideogram4LoraLoaderMixin", "Ideogram4Transformer2DModel", {}),
     "ace-step": ("AceStepLoraLoaderMixin", "AceStepTransformer1DModel", {}),
 }
@@ -123,12 +127,17 @@ def _text_encoders(family: str) -> dict[str, torch.nn.Module]:
     return {}
 
 
+def mixin(family: str) -> type:
+    """The class that loads the family's adapters."""
+    return getattr(lora_pipeline, PIPELINES[family][0])
+
+
 def pipeline(family: str) -> Any:
     """The part of the family's pipeline that loads adapters."""
-    mixin = getattr(lora_pipeline, PIPELINES[family][0])
+    loader = mixin(family)
     parts = {"text_encoder": None, "text_encoder_2": None, **_text_encoders(family)}
-    name = "unet" if hasattr(mixin, "unet_name") else "transformer"
-    made = type("Pipeline", (mixin,), {"hf_device_map": None, "lora_scale": 1.0})()
+    name = "unet" if hasattr(loader, "unet_name") else "transformer"
+    made = type("Pipeline", (loader,), {"hf_device_map": None, "lora_scale": 1.0})()
     vars(made).update(parts, **{name: _model(family)}, components={})
     return made
 
@@ -187,7 +196,7 @@ def _values(pipe: Any) -> set[float]:
                     if not name.startswith("base_layer.") and not parameter.is_meta:
                         found |= set(parameter.detach().unique().tolist())
         norms = getattr(part, "_transformer_norm_layers", None)
-        for name, parameter in part.named_parameters() if norms else ():
+        for parameter in part.parameters() if norms else ():
             if parameter.ndim == 1 and not parameter.is_meta:
                 found |= set(parameter.detach().unique().tolist())
     return found
@@ -199,7 +208,7 @@ def load(family: str, listing: dict[str, list[int]]) -> Outcome:
     pipe = pipeline(family)
     try:
         pipe.load_lora_weights(tensors)
-    except Exception as error:  # noqa: BLE001 - any way of failing is the answer
+    except Exception as error:  # any way of failing is the answer
         return Outcome(frozenset(), frozenset(marks.values()), f"{type(error).__name__}: {error}")
     found = _values(pipe)
     loaded = frozenset(key for mark, key in marks.items() if mark in found)
@@ -210,6 +219,11 @@ def fixtures() -> list[dict[str, Any]]:
     """The key listings beside the tests, of families that diffusers has."""
     listings = [json.loads(path.read_text()) for path in sorted(FIXTURES.glob("*.json"))]
     return [listing for listing in listings if family_of(listing) in PIPELINES]
+
+
+def fixture(name: str) -> dict[str, Any]:
+    """The key listing of that name."""
+    return json.loads((FIXTURES / f"{name}.json").read_text())
 
 
 def family_of(listing: dict[str, Any]) -> str:
@@ -254,8 +268,7 @@ def _tensors(kind: str, dialect: str, rows: int, columns: list[int]) -> dict[str
 def made(family: str, dialect: str, kind: str = "lora") -> dict[str, list[int]]:
     """A file with the model's own module names: the first block of each kind, and all modules outside the blocks."""
     model = _model(family)
-    mixin = getattr(lora_pipeline, PIPELINES[family][0])
-    component = "unet" if hasattr(mixin, "unet_name") else "transformer"
+    component = "unet" if hasattr(mixin(family), "unet_name") else "transformer"
     prefix, flat, _ = _SPELLED[dialect]
     listing: dict[str, list[int]] = {}
     for name, module in model.named_modules():
@@ -263,6 +276,8 @@ def made(family: str, dialect: str, kind: str = "lora") -> dict[str, list[int]]:
         numbers = [int(part) for part in name.split(".")[1:2] if part.isdigit()]
         # Adapters of depthwise convolutions are not made: PEFT asks for a rank that is a multiple of the groups.
         if not layer or any(numbers) or getattr(module, "groups", 1) > 1:
+            continue
+        if kind == "dora" and not isinstance(module, torch.nn.Linear):
             continue
         rows, *columns = module.weight.shape
         path = prefix.format(component=component) + (name.replace(".", "_") if flat else name)
