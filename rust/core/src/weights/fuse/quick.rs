@@ -381,10 +381,11 @@ mod tests {
             same(&got, &want, |i| format!("{rows} {cols} {ranks:?} {i}"));
             let stored = |i: usize| want[i].to_f64() - base[i].to_f64();
             let sum = |f: &dyn Fn(usize) -> f64| (0..base.len()).map(f).sum::<f64>();
-            let near = |a: f64, b: f64| assert!((a - b).abs() <= 1e-6 * b.abs(), "{a} {b}");
-            near(measure.wanted, sum(&|i| changes[i] * changes[i]));
-            near(measure.along, sum(&|i| stored(i) * changes[i]));
-            near(measure.missed, sum(&|i| (stored(i) - changes[i]).powi(2)));
+            let near = |a: f64, b: f64, share: f64| assert!((a - b).abs() <= share * b.abs(), "{a} {b}");
+            near(measure.wanted, sum(&|i| changes[i] * changes[i]), 1e-6);
+            near(measure.along, sum(&|i| stored(i) * changes[i]), 1e-6);
+            // What is missed is some hundred times smaller than the change, whose float32 error it has.
+            near(measure.missed, sum(&|i| (stored(i) - changes[i]).powi(2)), 1e-5);
             assert!(in_range);
         }
     }
