@@ -136,6 +136,7 @@ fn store(value: f32, to: Dtype, out: &mut [u8]) -> f32 {
 }
 
 /// Elements as float64, exactly (but for 64-bit integers over 2^53). Common types in loops without branches.
+#[inline(always)]
 pub(crate) fn load(dtype: Dtype, bytes: &[u8], out: &mut [f64]) {
     static FP8: LazyLock<[[f64; 256]; 2]> = LazyLock::new(|| {
         let table = |one: fn(u8) -> f32| std::array::from_fn(|code| f64::from(one(code as u8)));

@@ -29,6 +29,7 @@ pub mod random;
 pub mod recipe;
 pub mod report;
 pub mod sample;
+mod simd;
 pub mod strength;
 pub mod table;
 pub mod tensor;

@@ -64,6 +64,7 @@ fn nearest_even(floor: f64, fraction: f64) -> bool {
 
 /// Stores numbers as `dtype`; `first` is the index of the first in its tensor. Returns how many finite numbers were out
 /// of range: they became infinite, in FP8 the largest number.
+#[inline(always)]
 pub(crate) fn store(values: &[f64], dtype: Dtype, rounding: Rounding<'_>, first: u64, out: &mut [u8]) -> usize {
     if let (Rounding::Stochastic(stream), Some(format)) = (rounding, Format::of(dtype)) {
         return coded(values, &format, out, |i, v| {
@@ -109,6 +110,7 @@ const CHUNK: usize = 256;
 
 /// Rounds to the nearest in loops without branches, so that they become vector code. Returns false if there are
 /// infinities or NaN, before or after: then the result is not good.
+#[inline(always)]
 fn quick_bf16(values: &[f64], out: &mut [[u8; 2]]) -> bool {
     const INFINITE: u32 = 0x7f80_0000;
     let mut special = 0;
@@ -128,12 +130,18 @@ fn quick_bf16(values: &[f64], out: &mut [[u8; 2]]) -> bool {
     special == 0
 }
 
+/// The bfloat16 next to a number, and whether that is finite and became infinite.
+pub(crate) fn bf16_of(value: f64) -> (u16, bool) {
+    let code = round_bf16(odd_f32(value));
+    (code, (code & 0x7fff == 0x7f80) & value.is_finite())
+}
+
 /// The same one by one. Returns how many finite numbers became infinite.
 fn each_bf16(values: &[f64], out: &mut [[u8; 2]]) -> usize {
     let mut outside = 0;
     for (o, v) in out.iter_mut().zip(values) {
-        let code = round_bf16(odd_f32(*v));
-        outside += usize::from((code & 0x7fff == 0x7f80) & v.is_finite());
+        let (code, beyond) = bf16_of(*v);
+        outside += usize::from(beyond);
         *o = code.to_le_bytes();
     }
     outside

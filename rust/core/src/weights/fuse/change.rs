@@ -139,7 +139,7 @@ fn matrix(tensor: &Tensor) -> Matrix {
     rows_of(tensor, 0..tensor.rows())
 }
 
-fn rows_of(tensor: &Tensor, rows: Range<usize>) -> Matrix {
+pub(super) fn rows_of(tensor: &Tensor, rows: Range<usize>) -> Matrix {
     Matrix::new(rows.len(), tensor.cols(), tensor.rows_f64(rows))
 }
 

@@ -5,6 +5,7 @@
 
 mod change;
 mod claims;
+mod quick;
 mod report;
 mod work;
 mod write;

@@ -3,18 +3,23 @@
 use std::ops::{AddAssign, Range};
 use std::sync::Arc;
 
-use super::change::Change;
+use super::change::{Change, rows_of};
 use super::claims::{Claim, Claims, Touched};
+use super::quick::{Part, Rows};
 use crate::cast::load;
 use crate::dtype::{Dtype, read_f64};
 use crate::io::Source;
-use crate::linalg::Matrix;
+use crate::linalg::{MOST_TERMS, Matrix, Panels, TALL};
+use crate::simd::{Simd, WithSimd, run};
 use crate::weights::Checkpoint;
 use crate::weights::checkpoint::At;
 use crate::weights::round::{Rounding, store};
 
 /// Elements that one thread computes at a time: half a MiB of float64, which stays in the second-level cache.
 const TILE: usize = 1 << 16;
+
+/// The same where nothing but the bytes is held.
+const QUICK_TILE: usize = 1 << 18;
 
 /// Elements that are rounded and measured at a time: they stay in the first-level cache.
 const CHUNK: usize = 512;
@@ -70,6 +75,8 @@ pub(super) struct Work<'a> {
     rows: usize,
     cols: usize,
     changes: Vec<(Claim, Change)>,
+    /// Of each change the right factor in float32, where it is a product that can be computed so.
+    panels: Vec<Option<Panels>>,
     /// The scale that the numbers have.
     old: Scales,
     /// The scale that they get.
@@ -91,12 +98,19 @@ impl<'a> Work<'a> {
             source.bytes(tensor).chunks_exact(dtype.size()).map(|b| read_f64(dtype, b)).collect()
         };
         let old = Scales(parameter.scale.map(number).unwrap_or_default());
+        let changes: Vec<_> = touched.claims.iter().filter_map(change).collect();
+        let panels = |(_, change): &(Claim, Change)| match change {
+            Change::Factors { down, times: None, .. } if down.cols() == whole.cols() => Panels::new(down),
+            _ => None,
+        };
+        let quick = whole.dtype() == Dtype::BF16 && old.0.is_empty();
         Self {
+            panels: if quick { changes.iter().map(panels).collect() } else { Vec::new() },
             source: &checkpoint.shards()[parameter.at.0].source,
             tensor: parameter.at.1,
             rows: whole.rows(),
             cols: whole.cols(),
-            changes: touched.claims.iter().filter_map(change).collect(),
+            changes,
             new: old.clone(),
             old,
         }
@@ -121,7 +135,10 @@ impl<'a> Work<'a> {
         }
         cuts.sort_unstable();
         cuts.dedup();
-        let step = (TILE / self.cols.max(1)).max(1);
+        let step = match self.panels.iter().any(Option::is_some) {
+            true => (QUICK_TILE / self.cols.max(1)).next_multiple_of(TALL).max(TALL),
+            false => (TILE / self.cols.max(1)).max(1),
+        };
         let pieces = |w: &[usize]| {
             let (start, end) = (w[0], w[1]);
             (start..end).step_by(step).map(move |row| row..end.min(row + step)).collect::<Vec<_>>()
@@ -148,17 +165,37 @@ impl<'a> Work<'a> {
         base
     }
 
+    /// The numbers of the changes that cover some rows, each with the rows of its own that go there.
+    fn covering(&self, rows: &Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let covers = |claim: &Claim| claim.rows.start <= rows.start && rows.end <= claim.rows.end;
+        self.changes.iter().enumerate().filter(move |(_, (claim, _))| covers(claim)).map(|(i, (claim, _))| {
+            let count = claim.rows.len();
+            let shift = if claim.swapped { count / 2 } else { 0 };
+            let first = claim.from + (rows.start - claim.rows.start + shift) % count;
+            (i, first..first + rows.len())
+        })
+    }
+
+    /// The changes of some rows as products in float32; `None` if one of them is none.
+    fn parts(&self, rows: &Range<usize>) -> Option<Vec<Part<'_>>> {
+        let quick = |(i, window): (usize, Range<usize>)| Some((i, window, self.panels.get(i)?.as_ref()?));
+        let found: Vec<_> = self.covering(rows).map(quick).collect::<Option<_>>()?;
+        let terms = found.iter().map(|(_, _, panels)| panels.terms()).sum();
+        let part = |(i, window, panels): (usize, Range<usize>, _)| match &self.changes[i].1 {
+            Change::Factors { scale, up, .. } => Some(Part::new(*scale, rows_of(up, window), panels, terms)),
+            _ => None,
+        };
+        let parts: Vec<_> = found.into_iter().filter_map(part).collect();
+        (terms <= MOST_TERMS && Part::in_range(&parts)).then_some(parts)
+    }
+
     /// What is wanted to be added to some rows; `buffer` is used again.
     fn wanted(&self, rows: &Range<usize>, mut buffer: Vec<f64>) -> Matrix {
         buffer.clear();
         buffer.resize(rows.len() * self.cols, 0.0);
         let mut delta = Matrix::new(rows.len(), self.cols, buffer);
-        for (claim, change) in self.changes.iter().filter(|(c, _)| c.rows.start <= rows.start && rows.end <= c.rows.end)
-        {
-            let count = claim.rows.len();
-            let shift = if claim.swapped { count / 2 } else { 0 };
-            let first = claim.from + (rows.start - claim.rows.start + shift) % count;
-            let window = first..first + rows.len();
+        for (i, window) in self.covering(rows) {
+            let change = &self.changes[i].1;
             match change {
                 Change::Replaced(tensor) => {
                     let (values, base) = (tensor.rows_f64(window), self.base(rows));
@@ -182,37 +219,15 @@ impl<'a> Work<'a> {
 
     /// Computes the bytes of some rows into the scratch.
     pub(super) fn tile(&self, rows: &Range<usize>, rounding: Rounding<'_>, scratch: &mut Scratch) -> Measure {
+        let base = self.original(rows);
+        scratch.bytes.resize(base.len(), 0);
+        if let (Rounding::Nearest, Some(parts)) = (rounding, self.parts(rows)) {
+            return run(Rows { parts: &parts, rows: rows.len(), cols: self.cols, base, out: &mut scratch.bytes });
+        }
         let delta = self.wanted(rows, std::mem::take(&mut scratch.delta));
         let replaced = self.replaced(rows);
-        let (original, dtype) = (self.original(rows), self.dtype());
-        let size = dtype.size();
-        scratch.bytes.resize(original.len(), 0);
-        let mut measure = Measure::default();
-        let (mut bases, mut sums) = ([0.0; CHUNK], [0.0; CHUNK]);
-        for (line, row) in rows.clone().enumerate() {
-            let (old, new) = (self.old.of(row), self.new.of(row));
-            for start in (0..self.cols).step_by(CHUNK) {
-                let count = CHUNK.min(self.cols - start);
-                let here = line * self.cols + start..line * self.cols + start + count;
-                let (base, values) = (&mut bases[..count], &mut sums[..count]);
-                let delta = &delta.data()[here.clone()];
-                load(dtype, &original[here.start * size..here.end * size], base);
-                if old != 1.0 {
-                    base.iter_mut().for_each(|b| *b *= old);
-                }
-                match &replaced {
-                    Some(replaced) => values.copy_from_slice(&replaced[here.clone()]),
-                    None => values.iter_mut().zip(base.iter().zip(delta)).for_each(|(v, (b, d))| *v = b + d),
-                }
-                if new != 1.0 {
-                    values.iter_mut().for_each(|v| *v /= new);
-                }
-                let out = &mut scratch.bytes[here.start * size..here.end * size];
-                measure.outside += store(values, dtype, rounding, (row * self.cols + start) as u64, out);
-                load(dtype, out, values);
-                measure += measured(new, values, base, delta);
-            }
-        }
+        let (delta_ref, replaced) = (delta.data(), replaced.as_deref());
+        let measure = run(Added { work: self, rows, delta: delta_ref, replaced, rounding, out: &mut scratch.bytes });
         scratch.delta = delta.into_data();
         measure
     }
@@ -246,6 +261,54 @@ impl<'a> Work<'a> {
     }
 }
 
+/// Some rows with what is added to them, or takes their place, in float64.
+struct Added<'a> {
+    work: &'a Work<'a>,
+    rows: &'a Range<usize>,
+    delta: &'a [f64],
+    replaced: Option<&'a [f64]>,
+    rounding: Rounding<'a>,
+    out: &'a mut [u8],
+}
+
+impl WithSimd for Added<'_> {
+    type Output = Measure;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) -> Measure {
+        let (work, cols, dtype) = (self.work, self.work.cols, self.work.dtype());
+        let (original, size) = (work.original(self.rows), dtype.size());
+        let mut measure = Measure::default();
+        let (mut bases, mut sums) = ([0.0; CHUNK], [0.0; CHUNK]);
+        for (line, row) in self.rows.clone().enumerate() {
+            let (old, new) = (work.old.of(row), work.new.of(row));
+            for start in (0..cols).step_by(CHUNK) {
+                let count = CHUNK.min(cols - start);
+                let here = line * cols + start..line * cols + start + count;
+                let (base, values) = (&mut bases[..count], &mut sums[..count]);
+                let delta = &self.delta[here.clone()];
+                load(dtype, &original[here.start * size..here.end * size], base);
+                if old != 1.0 {
+                    base.iter_mut().for_each(|b| *b *= old);
+                }
+                match self.replaced {
+                    Some(replaced) => values.copy_from_slice(&replaced[here.clone()]),
+                    None => values.iter_mut().zip(base.iter().zip(delta)).for_each(|(v, (b, d))| *v = b + d),
+                }
+                if new != 1.0 {
+                    values.iter_mut().for_each(|v| *v /= new);
+                }
+                let out = &mut self.out[here.start * size..here.end * size];
+                measure.outside += store(values, dtype, self.rounding, (row * cols + start) as u64, out);
+                load(dtype, out, values);
+                measure += measured(new, values, base, delta);
+            }
+        }
+        measure
+    }
+}
+
+#[inline(always)]
 fn measured(scale: f64, stored: &[f64], base: &[f64], delta: &[f64]) -> Measure {
     // Four partial sums of each, so that the loop becomes vector code.
     let mut sums = [[0.0f64; 4]; 3];
