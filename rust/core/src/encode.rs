@@ -498,9 +498,11 @@ impl<'a> Encoder<'a> {
         // Wider inputs than the base model has: ComfyUI pads the base weight to the shape given here.
         let wide = s.module.get(Slot::Down).filter(|d| s.row.inputs.first().is_some_and(|&base| d.cols() > base));
         if let (Some(down), true) = (wide, s.dialect.spelling.contains_key(&Slot::Reshape)) {
-            let shape = [s.row.output() as i64, down.cols() as i64];
-            let bytes: Vec<u8> = shape.iter().flat_map(|n| n.to_le_bytes()).collect();
-            push(Slot::Reshape, Tensor::constant(Dtype::I64, vec![2], bytes));
+            let area: usize = s.row.kernel.iter().product();
+            let shape: Vec<usize> =
+                [s.row.output(), down.cols() / area].into_iter().chain(s.row.kernel.iter().copied()).collect();
+            let bytes: Vec<u8> = shape.iter().flat_map(|&n| (n as i64).to_le_bytes()).collect();
+            push(Slot::Reshape, Tensor::constant(Dtype::I64, vec![shape.len()], bytes));
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use serde::Deserialize;
 
-use crate::table::{Hit, Op, Registry, Row};
+use crate::table::{Component, Family, Hit, Op, Registry, Row};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,9 +26,19 @@ struct Prefixes {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Place {
-    families: Vec<String>,
-    component: String,
+    families: Option<Vec<String>>,
+    component: Option<String>,
+    /// The component, by the file that gives its rows.
+    r#use: Option<String>,
     prefixes: Vec<String>,
+}
+
+impl Place {
+    fn is_for(&self, family: &Family, component: &Component) -> bool {
+        self.families.as_ref().is_none_or(|all| all.contains(&family.name))
+            && self.component.as_ref().is_none_or(|name| *name == component.name)
+            && self.r#use.as_ref().is_none_or(|name| component.shared.as_ref() == Some(name))
+    }
 }
 
 fn raw() -> &'static Raw {
@@ -91,9 +101,8 @@ impl<'r> Names<'r> {
         let mut map: BTreeMap<String, Vec<(usize, usize)>> = BTreeMap::new();
         for (f, family) in registry.families.iter().enumerate() {
             for (c, component) in family.components.iter().enumerate() {
-                let here = |p: &&Place| p.component == component.name && p.families.contains(&family.name);
                 let general = if c == 0 { &raw().prefixes.main } else { &raw().prefixes.other };
-                let own = raw().place.iter().filter(here).flat_map(|p| &p.prefixes);
+                let own = raw().place.iter().filter(|p| p.is_for(family, component)).flat_map(|p| &p.prefixes);
                 for prefix in general.iter().chain(own) {
                     let targets = map.entry(prefix.replace("{component}", &component.name)).or_default();
                     if !targets.contains(&(f, c)) {
