@@ -26,17 +26,19 @@ def numbered(model: tables.Model, converter: models.Converter) -> tuple[dict[str
 
     layers = model.components["transformer"]
     swapped = model.swapped.get("transformer", {}).get("original", set())
+    params = model.params.get("transformer", {}).get("original", {})
     checkpoint, expected, first = {}, {}, 0
     for name, canonical in model.names["transformer"]["original"].items():
-        param = layers[canonical[0]].param or "weight"
-        for which in ["weight", "bias"] if param == "weight" else [param]:
+        # A parameter that is no layer may be called differently on either side; layers have a bias too.
+        own, theirs = layers[canonical[0]].param or "weight", params.get(name, "weight")
+        for ours, their in [(own, theirs), ("bias", "bias")] if own == "weight" else [(own, theirs)]:
             rows = []
             for path in canonical:
                 rows.append(torch.arange(first, first + layers[path].outputs))
                 first += layers[path].outputs
-                own = torch.cat(rows[-1].chunk(2)[::-1]) if name in swapped else rows[-1]
-                expected[f"{path}.{which}"] = own
-            checkpoint[f"{converter.prefix}{name}.{converter.params.get(which, which)}"] = torch.cat(rows)
+                moved = torch.cat(rows[-1].chunk(2)[::-1]) if name in swapped else rows[-1]
+                expected[f"{path}.{ours}"] = moved
+            checkpoint[f"{converter.prefix}{name}.{their}"] = torch.cat(rows)
     for extra in converter.extras:
         checkpoint[converter.prefix + extra] = torch.zeros(2)
     return checkpoint, expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Shapes = dict[str, tuple[int, ...]]
 Build = Callable[[], Shapes]
@@ -17,8 +17,6 @@ class Converter:
     prefix: str = ""
     # What it wants in a checkpoint that no adapter names.
     extras: tuple[str, ...] = ()
-    # Plain parameters: diffusers' name -> the original's.
-    params: dict[str, str] = field(default_factory=dict)
     # Parts of the names that it does not know, because it was written for an earlier version of the model.
     ignores: tuple[str, ...] = ()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import diffusers
+from .build import Converter, diffusers
 
 # (family, size) -> component -> the shapes of its parameters.
 CLASSES = {
@@ -12,3 +12,8 @@ CLASSES = {
 
 # Paths of matrices that no adapter factors: looked up, not multiplied.
 EMBEDDINGS: set[str] = set()
+
+CONVERTERS = {
+    ("flux1", None): Converter("convert_flux_transformer_checkpoint_to_diffusers"),
+    ("chroma", None): Converter("convert_chroma_transformer_checkpoint_to_diffusers"),
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import Build, diffusers, meta
+from .build import Build, Converter, diffusers, meta
 
 
 def transformers(model: str, config: str, **values: object) -> Build:
@@ -149,4 +149,20 @@ EMBEDDINGS = {
     "model.embed_tokens",
     "shared",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+}
+
+SD3 = Converter("convert_sd3_transformer_checkpoint_to_diffusers", extras=("pos_embed",))
+FLUX2 = Converter("convert_flux2_transformer_checkpoint_to_diffusers")
+
+CONVERTERS: dict[tuple[str, str | None], Converter] = {
+    ("z-image", None): Converter("convert_z_image_transformer_checkpoint_to_diffusers"),
+    ("sd3", None): SD3,
+    **{("sd35", size): SD3 for size in ("medium", "large")},
+    **{("flux2", size): FLUX2 for size in ("dev", "klein-9b", "klein-4b")},
+    ("lumina2", None): Converter("convert_lumina2_to_diffusers"),
+    ("hunyuan-video", None): Converter("convert_hunyuan_video_transformer_to_diffusers"),
+    ("auraflow", None): Converter(
+        "convert_auraflow_transformer_checkpoint_to_diffusers", extras=("positional_encoding",)
+    ),
+    ("krea2", None): Converter("convert_krea2_transformer_checkpoint_to_diffusers"),
 }

@@ -184,10 +184,7 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
 
 # (family, size) -> how diffusers turns an original checkpoint into its own.
 CONVERTERS: dict[tuple[str, str | None], Converter] = {
-    **{
-        ("wan", size): Converter("convert_wan_transformer_to_diffusers", params={"scale_shift_table": "modulation"})
-        for size in ("14b", "5b", "1.3b")
-    },
+    **{("wan", size): Converter("convert_wan_transformer_to_diffusers") for size in ("14b", "5b", "1.3b")},
     **{("ltx-video", size): Converter("convert_ltx_transformer_checkpoint_to_diffusers") for size in ("2b", "13b")},
     ("ltx2", "2.0"): Converter("convert_ltx2_transformer_to_diffusers"),
     ("ltx2", "2.3"): Converter("convert_ltx2_transformer_to_diffusers", ignores=("prompt_adaln",)),
