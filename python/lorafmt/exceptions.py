@@ -67,5 +67,5 @@ def _from_native(kind: str, message: str, document: str) -> LorafmtError:
     error.code, error.hint, error.path, error.key = (fields[name] for name in ("code", "hint", "path", "key"))
     # The hints speak of the command line; say them in the words of the functions.
     hint = (error.hint or "").replace("`--force`", "`overwrite=True`").replace("`--table FILE`", "`register_table`")
-    error.hint = re.sub(r"--(\w+) (\w+)", r'\1="\2"', hint).replace("from=", "from_=")
+    error.hint = re.sub(r"--(\w+) ([\w.-]+)", r'\1="\2"', hint).replace("from=", "from_=")
     return error

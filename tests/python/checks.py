@@ -17,7 +17,9 @@ from tensorfile import TensorFile
 WRITTEN = ("diffusers", "peft", "kohya", "comfyui", "bfl", "xlabs", "onetrainer", "aitoolkit")
 LOKR = ("flux_bfl_lokr_consistent", "flux_kohya_lokr", "flux_lycoris_lokr")
 DETECT_ONLY = ("flux_lokr_bfl",)
-ALL = tuple(sorted(path.stem for path in oracle.FIXTURES.glob("*.json")))
+EVERY = tuple(sorted(path.stem for path in oracle.FIXTURES.glob("*.json")))
+# Those of the families whose names are written by hand in `flux_map`.
+ALL = tuple(name for name in EVERY if oracle.fixture(name)["family"] in ("flux1", "chroma"))
 PLAIN = tuple(name for name in ALL if name not in LOKR + DETECT_ONLY)
 
 # Typical rounding error (root mean square) of one rounding to nearest, relative: a second one shows.

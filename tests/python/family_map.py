@@ -24,6 +24,9 @@ COMFYUI = {
 }  # fmt: skip
 
 
+PARAMETERS = ("weight", "scale", "gamma", "modulation", "scale_shift_table")
+
+
 @dataclass
 class Names:
     """What paths of one family mean."""
@@ -89,6 +92,10 @@ def names(family: str, variant: str | None) -> Names:
             every += [f"text_encoders.{comfy}.transformer.", f"{comfy}.transformer.", f"{comfy}."]
         prefixes[component] = sorted({*own, *every}, key=len, reverse=True)
         dotted[component] = _targets(model, component)
+        for name, targets in list(dotted[component].items()):
+            if len(targets) == 1 and layers[targets[0].module.removeprefix(f"{component}.")].param:
+                # A parameter that is replaced or shifted may stand at the end of its name.
+                dotted[component].update({f"{name}.{param}": targets for param in PARAMETERS})
         flat[component] = {path.replace(".", "_"): (path, targets) for path, targets in dotted[component].items()}
         for path, layer in layers.items():
             area = 1

@@ -294,7 +294,7 @@ def _terms(slots: dict[str, np.ndarray], side: Side | None, path: str) -> Iterat
         yield "#set", Full(slots["set"])
     if "magnitude" in slots:
         values = slots["magnitude"]
-        by_column = values.ndim == 2 and values.shape[0] == 1
+        by_column = values.ndim > 1 and values.shape[0] == 1
         yield ("#magnitude_in" if by_column else "#magnitude"), Full(values.reshape(-1))
 
 
@@ -347,6 +347,9 @@ def meaning(
         targets, dotted = found
         component = targets[0].module.split(".")[0]
         side = _header_side(metadata, component) or config_side
+        if component.startswith("text_encoder"):
+            # Encoders stand beside the model, and may have equal names: patterns name the component, or need not.
+            dotted = f"{component}.{dotted}"
         for suffix, term in _terms(slots, side, dotted):
             for target in targets:
                 rows = None if suffix == "#magnitude_in" else _rows(target, term.shape[0])
@@ -503,7 +506,6 @@ def thin(listing: dict[str, Any], blocks: tuple[int, ...] = (0, 11, 18, 37)) -> 
 _RANK_AXIS = {
     "down": 0,
     "up": 1,
-    "mid": 0,
     "lokr_w1_a": 1,
     "lokr_w1_b": 0,
     "lokr_w2_a": 1,
@@ -553,6 +555,8 @@ def make_file(
             sizes = list(full_shape)
             sizes[_RANK_AXIS[slot]] = ranks[module]
             shape = tuple(sizes)
+        elif slot == "mid":
+            shape = (ranks[module], ranks[module], *full_shape[2:])
         if slot == "alpha":
             values = np.full(shape, random_alpha(rng, ranks.get(module, 1)), np.float32)
         else:

@@ -126,11 +126,13 @@ impl AlphaConfig {
 
     /// The scale of a module of `rank` that the file calls `path` (without prefix), with or without an alpha tensor.
     pub fn resolve(&self, component: &str, path: &str, rank: usize, tensor: Option<f64>) -> Scale {
+        // Beside the model itself stand encoders, whose layers may bear equal names: there the component decides.
+        let whole = format!("{component}.{path}");
         let configured = self.scopes.iter().find_map(|scope| {
             if scope.component.as_deref().is_some_and(|c| c != component) {
                 return None;
             }
-            let pattern = scope.patterns.iter().find(|(p, _)| p.matches(path));
+            let pattern = scope.patterns.iter().find(|(p, _)| p.matches(path) || p.matches(&whole));
             let alpha = pattern.map(|(_, alpha)| *alpha).or(scope.alpha)?;
             let divisor = if scope.rslora { (rank as f64).sqrt() } else { rank as f64 };
             Some((alpha / divisor, scope.origin))

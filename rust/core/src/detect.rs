@@ -183,14 +183,18 @@ fn choose_family(
     if let Some(family) = hinted(&[name_of(source)], hints(), registry) {
         return Ok((family, tied, Some("name")));
     }
-    // Families that name and shape every key alike give one result: take the first and say so. Otherwise ask.
-    if tied.windows(2).all(|pair| reads.iter().flatten().all(|read| alike(registry, read, pair[0], pair[1]))) {
-        return Ok((tied[0], tied, Some("order")));
-    }
-    let names: Vec<String> = tied.iter().map(|&f| registry.families[f].label()).collect();
-    Err(Error::new(Code::AmbiguousFamily, format!("the file fits {} equally well", names.join(" and ")))
+    // Families that name and shape every key alike give one result: take the first and say so. Of others the first is
+    // good enough to look at, and not to write.
+    let same = tied.windows(2).all(|pair| reads.iter().flatten().all(|read| alike(registry, read, pair[0], pair[1])));
+    Ok((tied[0], tied, Some(if same { "order" } else { "unsure" })))
+}
+
+/// The error for a file that may be of several families, where that makes a difference.
+pub(crate) fn ambiguous(registry: &Registry, detection: &Detection, source: &Source, why: &str) -> Error {
+    let names: Vec<String> = detection.candidates.iter().map(|&f| registry.families[f].label()).collect();
+    Error::new(Code::AmbiguousFamily, format!("the file fits {} equally well{why}", names.join(" and ")))
         .at(source.path())
-        .hint(format!("add `--family {}`", names.join("` or `--family "))))
+        .hint(format!("add `--family {}`", names.join("` or `--family ")))
 }
 
 /// Of families that every key fits by itself, those whose modules most Kronecker products fit as wholes.
@@ -325,7 +329,8 @@ fn no_family(
 pub(crate) fn other_families(registry: &Registry, info: &TensorInfo, own: usize) -> Vec<String> {
     let Some(read) = registry.read(&info.name) else { return Vec::new() };
     let fitting = read.hits.iter().filter(|hit| fits(registry, hit, read.suffix.slot, &info.shape));
-    let mut names: Vec<String> = fitting.map(|hit| hit.family).filter(|&f| f != own).map(|f| registry.families[f].label()).collect();
+    let mut names: Vec<String> =
+        fitting.map(|hit| hit.family).filter(|&f| f != own).map(|f| registry.families[f].label()).collect();
     names.dedup();
     names
 }
@@ -385,7 +390,7 @@ fn choose_dialect(
 /// Warnings about how the family was chosen.
 pub fn family_warning(registry: &Registry, detection: &Detection) -> Option<crate::report::Warning> {
     let why = match detection.tie_break {
-        Some("order") => "which comes first",
+        Some("order" | "unsure") => "which comes first",
         Some("name") => "as the file's name says",
         _ => return None,
     };

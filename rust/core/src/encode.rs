@@ -287,7 +287,11 @@ impl<'a> Encoder<'a> {
         let canonical = place.namespace == 0;
         let named = |row: &Row| canonical || row.names[place.namespace].is_some();
         let Some(part) = address.part.filter(|_| address.namespace == 0) else {
-            return named(&rows[address.row]).then_some((address.row, address.part.filter(|_| canonical)));
+            // What could not be cut stays whole: another name for the same modules, stacked in the same order, will do.
+            let own = &rows[address.row];
+            let same = |row: &Row| row.op == own.op && row.canonical == own.canonical && named(row);
+            let row = if named(own) { address.row } else { rows.iter().position(same)? };
+            return Some((row, address.part.filter(|_| canonical)));
         };
         let template = &self.adapter.row(key, address).canonical[part];
         let row = rows.iter().position(|row| named(row) && row.canonical.contains(template))?;
@@ -443,7 +447,7 @@ impl<'a> Encoder<'a> {
             self.ledger.warnings.push(Warning::new("widened-inputs", Some(first.clone()), detail));
         }
         if self.dialect.alpha == AlphaPolicy::Config {
-            let config = peft::config(&spelled);
+            let config = peft::config(&spelled, &self.adapter.family_table().components);
             if self.options.sidecar {
                 plan.sidecar = Some(("adapter_config.json".to_owned(), format!("{config:#}\n")));
             } else {

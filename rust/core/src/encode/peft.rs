@@ -6,9 +6,12 @@ use serde_json::{Map, Value, json};
 
 use super::Spelled;
 use crate::kind::{Kind, Slot};
+use crate::table::Component;
 
 /// The configuration of the modules that PEFT loads: rank and alpha of most of them, patterns for the others.
-pub(super) fn config(spelled: &[Spelled<'_>]) -> Value {
+///
+/// The first component is the model itself; names of the others begin with their component's.
+pub(super) fn config(spelled: &[Spelled<'_>], components: &[Component]) -> Value {
     let all: Vec<&Spelled<'_>> = spelled.iter().filter(|s| s.module.kind == Kind::Lora).collect();
     let layers: Vec<&Spelled<'_>> = all.iter().copied().filter(|s| !s.place.carried).collect();
     let paths: Vec<&str> = layers.iter().map(|s| s.path.as_str()).collect();
@@ -18,14 +21,18 @@ pub(super) fn config(spelled: &[Spelled<'_>]) -> Value {
     let r = most_common(layers.iter().map(|s| rank(s).to_string())).and_then(|t| t.parse::<usize>().ok()).unwrap_or(1);
     let lora_alpha =
         most_common(layers.iter().map(|s| alpha(s).to_string())).and_then(|t| t.parse().ok()).unwrap_or(r as f64);
+    let named = |s: &Spelled<'_>| match s.place.component {
+        0 => pattern(&s.path, &paths),
+        other => format!("{}.{}", components[other].name, s.path),
+    };
     let (mut ranks, mut alphas) = (Map::new(), Map::new());
     // Carried modules too: whoever reads the file again finds their scale only here.
     for s in &all {
         if rank(s) != r {
-            ranks.insert(pattern(&s.path, &paths), json!(rank(s)));
+            ranks.insert(named(s), json!(rank(s)));
         }
         if alpha(s) != lora_alpha {
-            alphas.insert(pattern(&s.path, &paths), number(alpha(s)));
+            alphas.insert(named(s), number(alpha(s)));
         }
     }
     json!({

@@ -1,7 +1,8 @@
 //! A file that several families explain alike may be written only where all of them would be written alike.
 
 use crate::adapter::Adapter;
-use crate::error::{Code, Error, Result};
+use crate::detect::ambiguous;
+use crate::error::Result;
 use crate::table::pattern::Skeleton;
 use crate::table::{Dialect, Op};
 
@@ -9,15 +10,19 @@ use crate::table::{Dialect, Op};
 /// are exchanged.
 type Written = (String, Option<usize>, bool);
 
-/// An error if the family was taken for being the first of several, and the dialect names modules of another one
-/// differently.
+/// An error if the family was taken for being the first of several, and another one would be written differently.
 pub(super) fn check(adapter: &Adapter, dialect: &Dialect) -> Result<()> {
-    if adapter.detection.tie_break != Some("order") {
-        return Ok(());
-    }
     let registry = &adapter.registry;
-    let others = adapter.detection.candidates.iter().copied().filter(|&f| f != adapter.family && dialect.writes(f));
-    for other in others {
+    let error = |why: &str| Err(ambiguous(registry, &adapter.detection, &adapter.source, why));
+    match adapter.detection.tie_break {
+        Some("unsure") => return error(""),
+        Some("order") => {}
+        _ => return Ok(()),
+    }
+    // A family that is much more common is meant; the warning about it is enough.
+    let own = registry.families[adapter.family].order;
+    let equal = |f: &usize| *f != adapter.family && registry.families[*f].order <= own && dialect.writes(*f);
+    for other in adapter.detection.candidates.iter().copied().filter(equal) {
         for key in adapter.modules.keys() {
             let ours = written(adapter, dialect, adapter.family, key.component, &key.path);
             let name = &adapter.component(key.component).name;
@@ -26,18 +31,8 @@ pub(super) fn check(adapter: &Adapter, dialect: &Dialect) -> Result<()> {
             if let (Some(ours), Some(theirs)) = (ours, theirs)
                 && ours != theirs
             {
-                let labels: Vec<String> =
-                    adapter.detection.candidates.iter().map(|&f| registry.families[f].label()).collect();
-                let message = format!(
-                    "the file fits {} alike, and `{}` calls `{}` either `{}` or `{}`",
-                    labels.join(" and "),
-                    dialect.name,
-                    key.path,
-                    ours.0,
-                    theirs.0
-                );
-                let error = Error::new(Code::AmbiguousFamily, message).at(adapter.source.path());
-                return Err(error.hint(format!("add `--family {}`", labels.join("` or `--family "))));
+                let (path, dialect) = (&key.path, &dialect.name);
+                return error(&format!("; in `{dialect}`, `{path}` is `{}` or `{}`", ours.0, theirs.0));
             }
         }
     }

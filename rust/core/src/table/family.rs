@@ -16,11 +16,7 @@ struct Numbers<'r> {
 }
 
 /// A family in each of its sizes.
-pub(super) fn compile(
-    file: &str,
-    raw: &raw::Family,
-    shared: &BTreeMap<String, raw::Shared>,
-) -> Result<Vec<Family>> {
+pub(super) fn compile(file: &str, raw: &raw::Family, shared: &BTreeMap<String, raw::Shared>) -> Result<Vec<Family>> {
     if raw.variant.is_empty() {
         return Ok(vec![one(file, raw, None, shared)?]);
     }
@@ -79,6 +75,7 @@ fn one(
         name: raw.name.clone(),
         variant: name.map(str::to_owned),
         title: raw.title.clone(),
+        order: raw.order,
         hints: raw.hints.clone(),
         components,
     })
@@ -134,13 +131,7 @@ fn listed(file: &str, names: &Names, lists: &raw::Lists) -> Result<Vec<Names>> {
 }
 
 /// A `fuse` row is one row, any other is one for each alternative of its braces.
-fn add_row(
-    file: &str,
-    component: &mut Component,
-    raw: &raw::Row,
-    names: &Names,
-    sizes: &raw::Sizes,
-) -> Result<()> {
+fn add_row(file: &str, component: &mut Component, raw: &raw::Row, names: &Names, sizes: &raw::Sizes) -> Result<()> {
     let canonical = names.get(&component.namespaces[0]).ok_or_else(|| {
         invalid(file, format!("a row of `{}` has no `{}` name", component.name, component.namespaces[0]))
     })?;

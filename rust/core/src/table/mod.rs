@@ -20,8 +20,8 @@ use std::sync::{Arc, OnceLock};
 use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
-pub(crate) use lookup::edit_distance;
 pub use loaders::{Answer, Program, Rule};
+pub(crate) use lookup::edit_distance;
 pub use lookup::{Hit, Read, SuffixMatch};
 pub use native::{Layer, Native};
 use pattern::Template;
@@ -160,6 +160,8 @@ pub struct Family {
     pub variant: Option<String>,
     /// The name for people.
     pub title: String,
+    /// Smaller for families that are much more common: of several that explain a file alike, that one is meant.
+    pub order: u32,
     /// Lower-case substrings of metadata that speak for this family.
     pub hints: Vec<String>,
     /// Its components.
