@@ -12,7 +12,8 @@ fn main() {
         out += &format!("const {}: &[(&str, &str)] = &[\n", folder.to_uppercase());
         for file in tables(&root.join(folder)) {
             let name = file.file_name().expect("a file").to_string_lossy().into_owned();
-            out += &format!("    ({:?}, include_str!({:?})),\n", format!("{folder}/{name}"), file.display().to_string());
+            out +=
+                &format!("    ({:?}, include_str!({:?})),\n", format!("{folder}/{name}"), file.display().to_string());
         }
         out += "];\n";
     }

@@ -325,7 +325,8 @@ fn no_family(
 pub(crate) fn other_families(registry: &Registry, info: &TensorInfo, own: usize) -> Vec<String> {
     let Some(read) = registry.read(&info.name) else { return Vec::new() };
     let fitting = read.hits.iter().filter(|hit| fits(registry, hit, read.suffix.slot, &info.shape));
-    let mut names: Vec<String> = fitting.map(|hit| hit.family).filter(|&f| f != own).map(|f| registry.families[f].label()).collect();
+    let mut names: Vec<String> =
+        fitting.map(|hit| hit.family).filter(|&f| f != own).map(|f| registry.families[f].label()).collect();
     names.dedup();
     names
 }

@@ -36,7 +36,8 @@ pub(super) fn run(args: &ExpandArgs, context: &mut Context) -> Result<ExitStatus
     let found = sources::find(&args.inputs, args.out_dir.as_deref())?;
     let goals = targets::choose(args.output.as_deref(), args.out_dir.as_deref(), &found, "lora")?;
     targets::check(&goals, args.writing.dry_run, context.out.json, &[args.base_weights.as_deref()])?;
-    let base = args.base_weights.as_deref().map(|path| Checkpoint::open(&registry, path, &given.families)).transpose()?;
+    let base =
+        args.base_weights.as_deref().map(|path| Checkpoint::open(&registry, path, &given.families)).transpose()?;
     let options =
         ConvertOptions { from: args.reading.from.clone(), ..options("", args.reading.family.as_ref(), &args.writing) };
     let how = Expand { rule, dtype: options.dtype, lossy: options.lossy, seed: args.seed };

@@ -16,11 +16,7 @@ struct Numbers<'r> {
 }
 
 /// A family in each of its sizes.
-pub(super) fn compile(
-    file: &str,
-    raw: &raw::Family,
-    shared: &BTreeMap<String, raw::Shared>,
-) -> Result<Vec<Family>> {
+pub(super) fn compile(file: &str, raw: &raw::Family, shared: &BTreeMap<String, raw::Shared>) -> Result<Vec<Family>> {
     if raw.variant.is_empty() {
         return Ok(vec![one(file, raw, None, shared)?]);
     }
@@ -62,8 +58,10 @@ fn one(
         if namespaces.is_empty() {
             return Err(invalid(file, format!("component `{}` has no namespaces", part.name)));
         }
+        let entries = |of: &BTreeMap<String, Vec<String>>| of.get(&namespaces[0]).cloned().unwrap_or_default();
         let mut component = Component {
             name: part.name.clone(),
+            lists: numbers.lists.iter().map(|(list, of)| (list.clone(), entries(of))).collect(),
             shared: part.r#use.clone(),
             namespaces: namespaces.clone(),
             rows: Vec::new(),
@@ -134,13 +132,7 @@ fn listed(file: &str, names: &Names, lists: &raw::Lists) -> Result<Vec<Names>> {
 }
 
 /// A `fuse` row is one row, any other is one for each alternative of its braces.
-fn add_row(
-    file: &str,
-    component: &mut Component,
-    raw: &raw::Row,
-    names: &Names,
-    sizes: &raw::Sizes,
-) -> Result<()> {
+fn add_row(file: &str, component: &mut Component, raw: &raw::Row, names: &Names, sizes: &raw::Sizes) -> Result<()> {
     let canonical = names.get(&component.namespaces[0]).ok_or_else(|| {
         invalid(file, format!("a row of `{}` has no `{}` name", component.name, component.namespaces[0]))
     })?;

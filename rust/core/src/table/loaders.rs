@@ -53,7 +53,8 @@ pub struct Rule {
 impl Program {
     /// What it makes of a file; `None` if that is not known.
     pub fn rule(&self, dialect: &str, family: &str, kind: &str) -> Option<&Rule> {
-        let has = |list: &Option<Vec<String>>, name: &str| list.as_ref().is_none_or(|all| all.iter().any(|n| n == name));
+        let has =
+            |list: &Option<Vec<String>>, name: &str| list.as_ref().is_none_or(|all| all.iter().any(|n| n == name));
         self.rules.iter().find(|r| has(&r.dialects, dialect) && has(&r.families, family) && has(&r.kinds, kind))
     }
 }

@@ -20,8 +20,8 @@ use std::sync::{Arc, OnceLock};
 use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
-pub(crate) use lookup::edit_distance;
 pub use loaders::{Answer, Program, Rule};
+pub(crate) use lookup::edit_distance;
 pub use lookup::{Hit, Read, SuffixMatch};
 pub use native::{Layer, Native};
 use pattern::Template;
@@ -106,6 +106,8 @@ pub struct Component {
     /// Block variables, by number.
     pub variables: Vec<String>,
     blocks: BTreeMap<String, u32>,
+    /// Canonical entries of the lists that rows may name.
+    lists: BTreeMap<String, Vec<String>>,
 }
 
 impl Component {

@@ -62,13 +62,7 @@ fn namespace(place: &raw::Place, component: &Component) -> Option<usize> {
     place.namespace.as_slice().iter().find_map(|name| component.namespace(name))
 }
 
-fn general(
-    place: &raw::Place,
-    family: usize,
-    number: usize,
-    component: &Component,
-    written: bool,
-) -> Option<Place> {
+fn general(place: &raw::Place, family: usize, number: usize, component: &Component, written: bool) -> Option<Place> {
     let named = |text: &String| text.replace("{component}", &component.name);
     Some(Place {
         family,

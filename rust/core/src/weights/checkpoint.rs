@@ -327,12 +327,7 @@ fn meanings(registry: &Registry, files: &Files, shards: &[Shard]) -> Vec<(At, Ve
 }
 
 /// The family that explains most tensors with their shapes.
-fn choose(
-    registry: &Registry,
-    shards: &[Shard],
-    meanings: &[(At, Vec<Meaning>)],
-    given: &[usize],
-) -> Result<usize> {
+fn choose(registry: &Registry, shards: &[Shard], meanings: &[(At, Vec<Meaning>)], given: &[usize]) -> Result<usize> {
     let mut scores = vec![0usize; registry.families.len()];
     for ((shard, tensor), found) in meanings {
         let info = &shards[*shard].source.tensors()[*tensor];
