@@ -275,7 +275,7 @@ fn loaders(registry: &Registry, adapter: &Adapter) -> Vec<Loader> {
             expand: target.is_some() && held.is_none(),
         })
     };
-    let mut out: Vec<Loader> = registry.programs.iter().filter_map(answer).collect();
+    let mut out: Vec<Loader> = registry.programs().iter().filter_map(answer).collect();
     out.sort_by(|a, b| a.name.cmp(&b.name));
     out
 }

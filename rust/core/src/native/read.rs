@@ -16,7 +16,7 @@ use crate::adapter::{Adapter, Address, ModuleKey, Placed};
 use crate::decode::decode;
 use crate::detect::Given;
 use crate::error::{Code, Error, Result};
-use crate::io::Source;
+use crate::io::{Source, TensorInfo};
 use crate::kind::{Kind, Module, Slot};
 use crate::table::pattern::Variables;
 use crate::table::{Layer, Native, Registry};
@@ -72,6 +72,12 @@ struct Vector {
 /// The branches of a file, if it has any.
 pub(crate) fn recognise(registry: &Registry, source: &Source) -> Result<Option<Branches>> {
     for (dialect, table) in registry.dialects.iter().enumerate() {
+        let ends = |t: &TensorInfo| {
+            t.name.rsplit_once('.').is_some_and(|(_, last)| table.native_ends.iter().any(|e| e == last))
+        };
+        if !source.tensors().iter().any(ends) {
+            continue;
+        }
         for (number, native) in table.natives.iter().enumerate() {
             let Some(branches) = find(registry, source, native) else { continue };
             if let Some(weight) = source.tensors().iter().find(|t| t.name.ends_with(".qweight")) {

@@ -1,11 +1,11 @@
-//! Families, compiled: every size of a model is one, with all its rows.
+//! The components of families, compiled, with all their rows.
 
 use std::collections::BTreeMap;
 
-use super::load::invalid;
 use super::pattern::{Template, alternatives};
 use super::raw::{self, OneOrMany};
-use super::{Component, Family, Op, Row};
+use super::source::{Sources, invalid};
+use super::{Component, Op, Row};
 use crate::error::Result;
 
 /// The numbers that rows of a component may name.
@@ -15,20 +15,13 @@ struct Numbers<'r> {
     variant: Option<&'r str>,
 }
 
-/// A family in each of its sizes.
-pub(super) fn compile(file: &str, raw: &raw::Family, shared: &BTreeMap<String, raw::Shared>) -> Result<Vec<Family>> {
-    if raw.variant.is_empty() {
-        return Ok(vec![one(file, raw, None, shared)?]);
+/// The components of a family in one of its sizes.
+pub(super) fn compile(sources: &Sources, raw: &raw::Family, size: Option<&str>) -> Result<Vec<Component>> {
+    let file = raw.name.as_str();
+    let variant = raw.variant.iter().find(|v| Some(v.name.as_str()) == size);
+    if variant.is_some() != size.is_some() || (size.is_none() && !raw.variant.is_empty()) {
+        return Err(invalid(file, "each `[[variant]]` begins with its name"));
     }
-    raw.variant.iter().map(|variant| one(file, raw, Some(variant), shared)).collect()
-}
-
-fn one(
-    file: &str,
-    raw: &raw::Family,
-    variant: Option<&raw::Variant>,
-    shared: &BTreeMap<String, raw::Shared>,
-) -> Result<Family> {
     let (mut sizes, mut blocks) = (raw.sizes.clone(), raw.blocks.clone());
     if let Some(variant) = variant {
         sizes.extend(variant.sizes.clone());
@@ -40,8 +33,7 @@ fn one(
         let own;
         let (namespaces, rows, blocks, numbers) = match &part.r#use {
             Some(name_of) => {
-                let missing = || invalid(file, format!("no component is called `{name_of}`"));
-                let found = shared.get(name_of).ok_or_else(missing)?;
+                let found = sources.shared(file, name_of)?;
                 let (mut all, mut counts) = (found.sizes.clone(), found.blocks.clone());
                 if found.open {
                     all.extend(sizes.clone());
@@ -73,14 +65,7 @@ fn one(
         }
         components.push(component);
     }
-    Ok(Family {
-        name: raw.name.clone(),
-        variant: name.map(str::to_owned),
-        title: raw.title.clone(),
-        order: raw.order,
-        hints: raw.hints.clone(),
-        components,
-    })
+    Ok(components)
 }
 
 /// Adds a row that a dialect brings; it has no sizes or lists.

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use super::load::invalid;
+use super::source::invalid;
 use super::{Dialect, Family};
 use crate::error::Result;
 

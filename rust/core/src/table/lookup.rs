@@ -1,11 +1,14 @@
 //! From a key to the modules it can mean.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
 use super::pattern::{Skeleton, Template, Variables};
-use super::{Dialect, Family, Op, Registry};
+use super::source::Sources;
+use super::words::words;
+use super::{Component, Dialect, Op, Place, Registry};
 use crate::error::{Code, Error, Result};
 use crate::kind::Slot;
 
@@ -43,24 +46,71 @@ impl SuffixMatch<'_> {
 
 /// A path of a family, in one of its namespaces.
 #[derive(Debug, Clone)]
-pub(super) struct Entry {
-    family: usize,
+struct Entry {
     component: usize,
     namespace: usize,
     row: usize,
     /// `None` for all canonical modules of the row together.
     part: Option<usize>,
     template: Template,
-    variables: usize,
     with_param: bool,
 }
 
-/// A prefix and every component it can stand before.
+/// A prefix and the components that it can stand before.
 #[derive(Debug, Clone)]
-pub(super) struct Prefix {
-    text: String,
-    /// Family and component.
-    targets: BTreeSet<(usize, usize)>,
+struct Prefix {
+    text: Arc<str>,
+    components: Vec<usize>,
+}
+
+/// How the modules of a family are found.
+#[derive(Debug, Clone)]
+pub(super) struct Names {
+    /// Everything that can be looked up, by skeleton.
+    paths: FxHashMap<String, Vec<Entry>>,
+    /// All prefixes of all dialects, longest first.
+    prefixes: Vec<Prefix>,
+    /// Block variables, by component.
+    variables: Vec<usize>,
+}
+
+/// The words that names have, by which a key shows what families it can be of.
+#[derive(Debug, Clone)]
+pub(super) struct Vocabulary {
+    numbers: FxHashMap<String, u32>,
+    /// By family: which of the words its names have, or what stands around names.
+    families: Vec<Vec<u64>>,
+}
+
+impl Vocabulary {
+    pub(super) fn of(sources: &Sources) -> Self {
+        let mut numbers: FxHashMap<String, u32> = FxHashMap::default();
+        let mut number = |word: &str| match numbers.get(word) {
+            Some(&n) => n,
+            None => {
+                let n = u32::try_from(numbers.len()).expect("tables have some thousand words");
+                numbers.insert(word.to_owned(), n);
+                n
+            }
+        };
+        let free: Vec<u32> = sources.free_words().map(&mut number).collect();
+        let own: Vec<Vec<u32>> = sources.sizes.iter().map(|s| sources.words(s).map(&mut number).collect()).collect();
+        let families = own.into_iter().map(|own| {
+            let mut bits = vec![0u64; numbers.len().div_ceil(64)];
+            own.into_iter().chain(free.iter().copied()).for_each(|n| bits[n as usize / 64] |= 1 << (n % 64));
+            bits
+        });
+        Self { families: families.collect(), numbers }
+    }
+
+    /// The numbers of a name's words; `None` if no table has one of them.
+    fn numbers(&self, name: &str) -> Option<Vec<u32>> {
+        words(name).map(|word| self.numbers.get(word).copied()).collect()
+    }
+
+    fn has(&self, family: usize, numbers: &[u32]) -> bool {
+        numbers.iter().all(|&n| self.families[family][n as usize / 64] >> (n % 64) & 1 == 1)
+    }
 }
 
 /// One meaning of a key's path.
@@ -79,7 +129,7 @@ pub struct Hit {
     /// Block numbers.
     pub variables: Variables,
     /// The prefix before the path.
-    pub prefix: String,
+    pub prefix: Arc<str>,
     /// Whether the path ends with the parameter's name.
     pub with_param: bool,
 }
@@ -127,78 +177,125 @@ pub(super) fn suffixes(table: &BTreeMap<String, Vec<String>>, dialects: &[Dialec
     Ok(out)
 }
 
-/// Everything that can be looked up, by skeleton. Two meanings of one name within a namespace are an error.
-pub(super) fn paths(families: &[Family]) -> Result<FxHashMap<String, Vec<Entry>>> {
-    let mut map: FxHashMap<String, Vec<Entry>> = FxHashMap::default();
-    for (f, family) in families.iter().enumerate() {
-        for (c, component) in family.components.iter().enumerate() {
-            let mut add = |namespace: usize, row: usize, part: Option<usize>, template: &Template, with_param: bool| {
-                let entry = Entry {
-                    family: f,
-                    component: c,
-                    namespace,
-                    row,
-                    part,
-                    template: template.clone(),
-                    variables: component.variables.len(),
-                    with_param,
+impl Names {
+    /// Two meanings of one name within a namespace are an error.
+    pub(super) fn of(family: &str, components: &[Component], places: &[Vec<Place>]) -> Result<Self> {
+        let mut paths: FxHashMap<String, Vec<Entry>> = FxHashMap::default();
+        for (c, component) in components.iter().enumerate() {
+            add_component(&mut paths, family, c, component)?;
+        }
+        let mut map: BTreeMap<&str, BTreeSet<usize>> = BTreeMap::new();
+        for place in places.iter().flatten() {
+            for text in place.also.iter().chain([&place.prefix]) {
+                map.entry(text).or_default().insert(place.component);
+            }
+        }
+        let prefix = |(text, components): (&str, BTreeSet<usize>)| Prefix {
+            text: Arc::from(text),
+            components: components.into_iter().collect(),
+        };
+        let mut prefixes: Vec<Prefix> = map.into_iter().map(prefix).collect();
+        prefixes.sort_by_key(|p| std::cmp::Reverse(p.text.len()));
+        Ok(Self { paths, prefixes, variables: components.iter().map(|c| c.variables.len()).collect() })
+    }
+
+    /// The modules that a key without its suffix can mean, one a component.
+    fn resolve(&self, family: usize, base: &str) -> Vec<Hit> {
+        let mut hits: Vec<Hit> = Vec::new();
+        for prefix in &self.prefixes {
+            let Some(path) = base.strip_prefix(&*prefix.text) else { continue };
+            let flat = prefix.text.ends_with('_');
+            // Some trainers leave an underscore where the flattened path ended with a dot.
+            let path = if flat { path.trim_end_matches('_') } else { path };
+            let Some(skeleton) = Skeleton::of(path) else { continue };
+            for entry in self.paths.get(&skeleton.text).into_iter().flatten() {
+                if !prefix.components.contains(&entry.component) {
+                    continue;
+                }
+                let Some(variables) = entry.template.matches(&skeleton.digits, self.variables[entry.component]) else {
+                    continue;
                 };
-                let bucket = map.entry(template.skeleton()).or_default();
-                let twin = bucket
-                    .iter()
-                    .find(|e| (e.family, e.component, e.namespace) == (f, c, namespace) && e.template == *template);
-                match twin {
-                    // A canonical module may stand in several rows (fused differently in different namespaces).
-                    Some(_) if namespace == 0 => Ok(()),
-                    Some(_) => Err(Error::new(
-                        Code::InvalidTable,
-                        format!("family `{}` names `{}` twice", family.name, template.skeleton()),
-                    )),
-                    None => {
-                        bucket.push(entry);
-                        Ok(())
-                    }
+                // With dots in the prefix, the path is dotted too and must be the very name.
+                if !flat && !entry.template.is(path, &variables) {
+                    continue;
                 }
-            };
-            for (r, row) in component.rows.iter().enumerate() {
-                for (part, template) in row.canonical.iter().enumerate() {
-                    add(0, r, Some(part), template, false)?;
-                    if let Some(param) = &row.params[0] {
-                        add(0, r, Some(part), &template.with_suffix(&format!(".{param}")), true)?;
-                    }
+                // Where two namespaces share a name the canonical one stands for both: it comes first.
+                if !hits.iter().any(|h| h.component == entry.component) {
+                    hits.push(entry.hit(family, variables, Arc::clone(&prefix.text)));
                 }
-                for (namespace, template) in row.names.iter().enumerate().skip(1) {
-                    let Some(template) = template else { continue };
-                    let whole = if row.op == Op::Fuse { None } else { Some(0) };
-                    add(namespace, r, whole, template, false)?;
-                    if let Some(param) = &row.params[namespace] {
-                        add(namespace, r, whole, &template.with_suffix(&format!(".{param}")), true)?;
-                    }
-                    // A fused module may be written as numbered slices.
-                    if row.op == Op::Fuse {
-                        for part in 0..row.canonical.len() {
-                            add(namespace, r, Some(part), &template.with_suffix(&format!(".{part}")), false)?;
-                        }
-                    }
+            }
+        }
+        hits
+    }
+
+    /// Every module that bears this dotted name in one of its namespaces, the canonical one first.
+    fn named<'n>(&'n self, family: usize, path: &'n str, skeleton: &'n Skeleton) -> impl Iterator<Item = Hit> + 'n {
+        let entries = self.paths.get(&skeleton.text).into_iter().flatten().filter(|e| !e.with_param);
+        entries.filter_map(move |entry| {
+            let variables = entry.template.matches(&skeleton.digits, self.variables[entry.component])?;
+            entry.template.is(path, &variables).then(|| entry.hit(family, variables, Arc::from("")))
+        })
+    }
+}
+
+impl Entry {
+    fn hit(&self, family: usize, variables: Variables, prefix: Arc<str>) -> Hit {
+        Hit {
+            family,
+            component: self.component,
+            namespace: self.namespace,
+            row: self.row,
+            part: self.part,
+            variables,
+            prefix,
+            with_param: self.with_param,
+        }
+    }
+}
+
+fn add_component(
+    paths: &mut FxHashMap<String, Vec<Entry>>,
+    family: &str,
+    number: usize,
+    component: &Component,
+) -> Result<()> {
+    let mut add = |namespace: usize, row: usize, part: Option<usize>, template: &Template, with_param: bool| {
+        let bucket = paths.entry(template.skeleton()).or_default();
+        let same = |e: &Entry| (e.component, e.namespace) == (number, namespace) && e.template == *template;
+        if bucket.iter().any(same) {
+            // A canonical module may stand in several rows (fused differently in different namespaces).
+            if namespace == 0 {
+                return Ok(());
+            }
+            let message = format!("family `{family}` names `{}` twice", template.skeleton());
+            return Err(Error::new(Code::InvalidTable, message));
+        }
+        bucket.push(Entry { component: number, namespace, row, part, template: template.clone(), with_param });
+        Ok(())
+    };
+    for (r, row) in component.rows.iter().enumerate() {
+        for (part, template) in row.canonical.iter().enumerate() {
+            add(0, r, Some(part), template, false)?;
+            if let Some(param) = &row.params[0] {
+                add(0, r, Some(part), &template.with_suffix(&format!(".{param}")), true)?;
+            }
+        }
+        for (namespace, template) in row.names.iter().enumerate().skip(1) {
+            let Some(template) = template else { continue };
+            let whole = if row.op == Op::Fuse { None } else { Some(0) };
+            add(namespace, r, whole, template, false)?;
+            if let Some(param) = &row.params[namespace] {
+                add(namespace, r, whole, &template.with_suffix(&format!(".{param}")), true)?;
+            }
+            // A fused module may be written as numbered slices.
+            if row.op == Op::Fuse {
+                for part in 0..row.canonical.len() {
+                    add(namespace, r, Some(part), &template.with_suffix(&format!(".{part}")), false)?;
                 }
             }
         }
     }
-    Ok(map)
-}
-
-/// All prefixes of all dialects, longest first.
-pub(super) fn prefixes(dialects: &[Dialect]) -> Vec<Prefix> {
-    let mut map: BTreeMap<&str, BTreeSet<(usize, usize)>> = BTreeMap::new();
-    for place in dialects.iter().flat_map(|d| &d.places) {
-        for text in place.also.iter().chain([&place.prefix]) {
-            map.entry(text).or_default().insert((place.family, place.component));
-        }
-    }
-    let mut out: Vec<Prefix> =
-        map.into_iter().map(|(text, targets)| Prefix { text: text.to_owned(), targets }).collect();
-    out.sort_by_key(|p| std::cmp::Reverse(p.text.len()));
-    out
+    Ok(())
 }
 
 impl Suffix {
@@ -221,80 +318,51 @@ impl Suffix {
 
 impl Registry {
     /// Reads a key: the longest suffix that leaves a path some family knows. `None` if there is none.
+    ///
+    /// Works out every family whose names have the key's words.
     pub fn read<'k>(&self, key: &'k str) -> Option<Read<'k>> {
-        for suffix in &self.suffixes {
-            let Some(found) = suffix.strip(key) else { continue };
-            let mut hits = self.resolve(found.base);
-            hits.retain(|hit| {
-                let only = self.families[hit.family].components[hit.component].rows[hit.row].op == Op::Only;
-                // A bare parameter name means "replace it"; factors of a norm make no sense.
-                let fits = if only { found.slot.fits_only() } else { found.slot != Slot::Set };
-                fits && (!found.suffix.is_empty() || hit.with_param)
-            });
-            if !hits.is_empty() {
-                return Some(Read { suffix: found, hits });
-            }
-        }
-        None
+        let families = self.possible(key);
+        self.suffixes.iter().find_map(|suffix| {
+            let found = suffix.strip(key)?;
+            let hits: Vec<Hit> = families.iter().flat_map(|&family| self.hits(family, &found)).collect();
+            (!hits.is_empty()).then_some(Read { suffix: found, hits })
+        })
     }
 
-    /// Every module that a key without its suffix can mean.
-    fn resolve(&self, base: &str) -> Vec<Hit> {
-        let mut hits: Vec<Hit> = Vec::new();
-        for prefix in &self.prefixes {
-            let Some(path) = base.strip_prefix(prefix.text.as_str()) else { continue };
-            let flat = prefix.text.ends_with('_');
-            // Some trainers leave an underscore where the flattened path ended with a dot.
-            let path = if flat { path.trim_end_matches('_') } else { path };
-            let Some(skeleton) = Skeleton::of(path) else { continue };
-            let Some(entries) = self.paths.get(&skeleton.text) else { continue };
-            for entry in entries {
-                if !prefix.targets.contains(&(entry.family, entry.component)) {
-                    continue;
-                }
-                let Some(variables) = entry.template.matches(&skeleton.digits, entry.variables) else { continue };
-                // With dots in the prefix, the path is dotted too and must be the very name.
-                if !flat && entry.template.render(&variables) != path {
-                    continue;
-                }
-                let hit = Hit {
-                    family: entry.family,
-                    component: entry.component,
-                    namespace: entry.namespace,
-                    row: entry.row,
-                    part: entry.part,
-                    variables,
-                    prefix: prefix.text.clone(),
-                    with_param: entry.with_param,
-                };
-                // Where two namespaces share a name the canonical one stands for both: it comes first.
-                let twin = hits.iter().any(|h| (h.family, h.component) == (hit.family, hit.component));
-                if !twin {
-                    hits.push(hit);
-                }
-            }
-        }
+    /// Reads a key as one of a family's.
+    pub(crate) fn read_in<'k>(&self, family: usize, key: &'k str) -> Option<Read<'k>> {
+        self.suffixes.iter().find_map(|suffix| {
+            let found = suffix.strip(key)?;
+            let hits = self.hits(family, &found);
+            (!hits.is_empty()).then_some(Read { suffix: found, hits })
+        })
+    }
+
+    fn hits(&self, family: usize, found: &SuffixMatch<'_>) -> Vec<Hit> {
+        let mut hits = self.compiled[family].names.resolve(family, found.base);
+        hits.retain(|hit| {
+            let only = self.families[hit.family].components[hit.component].rows[hit.row].op == Op::Only;
+            // A bare parameter name means "replace it"; factors of a norm make no sense.
+            let fits = if only { found.slot.fits_only() } else { found.slot != Slot::Set };
+            fits && (!found.suffix.is_empty() || hit.with_param)
+        });
         hits
+    }
+
+    /// The families whose names, with what stands around names, have all words of a key. A family that is not among them
+    /// cannot explain it.
+    pub(crate) fn possible(&self, key: &str) -> Vec<usize> {
+        // The name of a PEFT adapter can be any word.
+        let named = self.suffixes.iter().filter(|s| s.tail.is_some()).find_map(|s| s.strip(key));
+        let Some(numbers) = self.vocabulary.numbers(named.map_or(key, |n| n.base)) else { return Vec::new() };
+        (0..self.families.len()).filter(|&family| self.vocabulary.has(family, &numbers)).collect()
     }
 
     /// Every module of every family that bears this dotted name in one of its namespaces, the canonical one first.
     pub(crate) fn named(&self, path: &str) -> Vec<Hit> {
         let Some(skeleton) = Skeleton::of(path) else { return Vec::new() };
-        let entries = self.paths.get(&skeleton.text).into_iter().flatten().filter(|e| !e.with_param);
-        let hit = |entry: &Entry| {
-            let variables = entry.template.matches(&skeleton.digits, entry.variables)?;
-            (entry.template.render(&variables) == path).then(|| Hit {
-                family: entry.family,
-                component: entry.component,
-                namespace: entry.namespace,
-                row: entry.row,
-                part: entry.part,
-                variables,
-                prefix: String::new(),
-                with_param: false,
-            })
-        };
-        entries.filter_map(hit).collect()
+        let named = |family: usize| self.compiled[family].names.named(family, path, &skeleton).collect::<Vec<_>>();
+        self.possible(path).into_iter().flat_map(named).collect()
     }
 
     /// The spelling that `slot` has beside a key of this suffix: `.lora_up.weight` beside `.lora_down.weight`.
@@ -310,9 +378,20 @@ impl Registry {
 
     /// The known key that is most like an unknown one, for messages.
     pub fn nearest(&self, key: &str) -> Option<String> {
+        (0..self.families.len()).filter_map(|family| self.closest(family, key)).min().map(|(_, key)| key)
+    }
+
+    /// The key of a family that is most like an unknown one.
+    pub(crate) fn nearest_in(&self, family: usize, key: &str) -> Option<String> {
+        self.closest(family, key).map(|(_, key)| key)
+    }
+
+    /// The same with how far it is.
+    fn closest(&self, family: usize, key: &str) -> Option<(usize, String)> {
         let found = self.suffixes.iter().filter(|s| !s.head.is_empty()).find_map(|s| s.strip(key));
         let (base, suffix) = found.map_or((key, ""), |f| (f.base, f.suffix));
-        let prefix = self.prefixes.iter().find(|p| base.starts_with(&p.text))?;
+        let names = &self.compiled[family].names;
+        let prefix = names.prefixes.iter().find(|p| base.starts_with(&*p.text))?;
         let path = &base[prefix.text.len()..];
         // No module has such a name, and comparing takes the square of its length.
         if path.len() > LONGEST_PATH {
@@ -321,28 +400,22 @@ impl Registry {
         let flat = prefix.text.ends_with('_');
         let plain = |text: &str| text.replace('.', "_");
         let digits: Vec<u32> = Skeleton::of(path).map(|s| s.digits).unwrap_or_default();
-        let mut best: Option<(usize, String)> = None;
-        let mut skeletons: Vec<(&String, &Vec<Entry>)> = self.paths.iter().collect();
-        skeletons.sort_by_key(|(text, _)| text.as_str());
-        for (_, entries) in skeletons {
-            for entry in entries.iter().filter(|e| prefix.targets.contains(&(e.family, e.component))) {
-                let bounds = entry.template.bounds();
-                let variables: Vec<u32> = (0..entry.variables)
-                    .map(|v| {
-                        let wanted = digits.first().copied().unwrap_or(0);
-                        bounds.get(&v).map_or(0, |below| wanted.min(below.saturating_sub(1)))
-                    })
-                    .collect();
-                let candidate = entry.template.render(&variables);
-                let distance = edit_distance(&plain(path), &plain(&candidate));
-                if best.as_ref().is_none_or(|(least, _)| distance < *least) {
-                    best = Some((distance, if flat { plain(&candidate) } else { candidate }));
-                }
-            }
-        }
-        best.filter(|(distance, _)| *distance <= path.len() / 2 + 2)
-            .map(|(_, path)| format!("{}{path}{suffix}", prefix.text))
-            .filter(|found| found != key && self.read(found).is_some())
+        let entries = names.paths.values().flatten().filter(|e| prefix.components.contains(&e.component));
+        let candidate = |entry: &Entry| {
+            let bounds = entry.template.bounds();
+            let variables: Vec<u32> = (0..names.variables[entry.component])
+                .map(|v| {
+                    let wanted = digits.first().copied().unwrap_or(0);
+                    bounds.get(&v).map_or(0, |below| wanted.min(below.saturating_sub(1)))
+                })
+                .collect();
+            let candidate = entry.template.render(&variables);
+            let distance = edit_distance(&plain(path), &plain(&candidate));
+            (distance, if flat { plain(&candidate) } else { candidate })
+        };
+        let (distance, candidate) = entries.map(candidate).min().filter(|(d, _)| *d <= path.len() / 2 + 2)?;
+        let found = format!("{}{candidate}{suffix}", prefix.text);
+        (found != key && self.read_in(family, &found).is_some()).then_some((distance, found))
     }
 }
 

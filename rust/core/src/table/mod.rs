@@ -5,6 +5,7 @@
 //! `fuse` is undone by cutting, `swap_halves` undoes itself, and `only` limits a row to parameters that are replaced
 //! or shifted (norms, embeddings).
 
+mod compile;
 mod family;
 mod load;
 mod loaders;
@@ -13,13 +14,15 @@ mod native;
 pub mod pattern;
 mod place;
 mod raw;
+mod source;
+mod words;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
-use rustc_hash::FxHashMap;
 use serde::Deserialize;
 
+pub use compile::{Components, Natives, Places};
 pub use loaders::{Answer, Program, Rule};
 pub(crate) use lookup::edit_distance;
 pub use lookup::{Hit, Read, SuffixMatch};
@@ -166,8 +169,8 @@ pub struct Family {
     pub order: u32,
     /// Lower-case substrings of metadata that speak for this family.
     pub hints: Vec<String>,
-    /// Its components.
-    pub components: Vec<Component>,
+    /// Its components, worked out when they are needed.
+    pub components: Components,
 }
 
 impl Family {
@@ -229,25 +232,27 @@ pub struct Dialect {
     /// The suffix written for each slot it can hold.
     pub spelling: BTreeMap<Slot, String>,
     /// Where it puts what.
-    pub places: Vec<Place>,
+    pub places: Places,
     /// The layers of quantized models that it makes branches for.
-    pub natives: Vec<Native>,
+    pub natives: Natives,
+    /// Last parts of names of branches, in all of them.
+    pub native_ends: Vec<String>,
 }
 
 impl Dialect {
     /// The place that is written for a component.
     pub fn place(&self, family: usize, component: usize) -> Option<&Place> {
-        self.places.iter().find(|p| p.write && p.family == family && p.component == component)
+        self.places.of(family).iter().find(|p| p.write && p.component == component)
     }
 
     /// The quantized model of a family, if it writes branches for one.
     pub fn native(&self, family: usize) -> Option<&Native> {
-        self.natives.iter().find(|n| n.family == family)
+        self.natives.of(family)
     }
 
     /// Whether it can be written for a family.
     pub fn writes(&self, family: usize) -> bool {
-        self.write && self.places.iter().any(|p| p.write && !p.carried && p.family == family)
+        self.write && self.places.of(family).iter().any(|p| p.write && !p.carried)
     }
 
     /// Whether it has a spelling for a slot; a bias difference may take the place of a factor's bias.
@@ -257,7 +262,7 @@ impl Dialect {
 
     /// Whether it is read for a family.
     pub fn reads(&self, family: usize) -> bool {
-        self.places.iter().any(|p| p.family == family)
+        !self.places.of(family).is_empty()
     }
 
     /// The suffix of a slot for a parameter called `param` (`weight`, unless the row says otherwise).
@@ -276,11 +281,11 @@ pub struct Registry {
     pub families: Vec<Family>,
     /// The dialects, in their order.
     pub dialects: Vec<Dialect>,
-    /// Programs that load adapters.
-    pub programs: Vec<Program>,
+    programs: OnceLock<Vec<Program>>,
+    sources: Arc<source::Sources>,
+    compiled: Arc<[compile::Lazy]>,
     suffixes: Vec<lookup::Suffix>,
-    paths: FxHashMap<String, Vec<lookup::Entry>>,
-    prefixes: Vec<lookup::Prefix>,
+    vocabulary: lookup::Vocabulary,
 }
 
 impl Registry {
@@ -296,6 +301,16 @@ impl Registry {
     /// A table whose name exists already replaces the built-in one.
     pub fn with_tables(tables: &[String]) -> Result<Arc<Registry>> {
         load::registry(tables).map(Arc::new)
+    }
+
+    /// An error if something in the tables is wrong. Works everything out.
+    pub fn check(&self) -> Result<()> {
+        load::check(self)
+    }
+
+    /// Programs that load adapters.
+    pub fn programs(&self) -> &[Program] {
+        self.programs.get_or_init(|| self.sources.programs().expect("checked where tables are given, and by a test"))
     }
 
     /// The number of a family; of its first size, if it has several.

@@ -138,6 +138,30 @@ impl Template {
         given.next().is_none().then_some(values)
     }
 
+    /// Whether a path is the one for given variables.
+    pub fn is(&self, path: &str, variables: &[u32]) -> bool {
+        let mut rest = path;
+        for segment in &self.segments {
+            let number = match segment {
+                Segment::Text(text) => match rest.strip_prefix(text.as_str()) {
+                    Some(tail) => {
+                        rest = tail;
+                        continue;
+                    }
+                    None => return false,
+                },
+                Segment::Digits(Digits::Exactly(n)) => *n,
+                Segment::Digits(Digits::Variable { index, .. }) => variables[*index],
+            };
+            let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+            if rest[..end].parse() != Ok(number) {
+                return false;
+            }
+            rest = &rest[end..];
+        }
+        rest.is_empty()
+    }
+
     /// The path for given variables.
     pub fn render(&self, variables: &[u32]) -> String {
         use std::fmt::Write;

@@ -1,55 +1,54 @@
 //! Where a dialect puts the components of families.
 
-use super::load::invalid;
 use super::raw::{self, OneOrMany};
+use super::source::invalid;
 use super::{Component, Family, Place};
 use crate::error::Result;
 
-/// The places of a dialect. Those of a family's own table come in front of what the dialect does with all families.
-pub(super) fn compile(file: &str, raw: &raw::Dialect, families: &[Family], own: &[raw::Family]) -> Result<Vec<Place>> {
-    check_names(file, raw, families)?;
+/// Where a dialect puts the components of the family of that number. What the family's own table says comes first.
+pub(super) fn compile(
+    raw: &raw::Dialect,
+    family: usize,
+    table: &raw::Family,
+    components: &[Component],
+) -> Result<Vec<Place>> {
+    let written = table.dialects.as_ref().is_none_or(|all| all.contains(&raw.name));
     let mut places = Vec::new();
-    for (f, family) in families.iter().enumerate() {
-        let table = own.iter().find(|t| t.name == family.name);
-        let written = table.and_then(|t| t.dialects.as_ref()).is_none_or(|all| all.contains(&raw.name));
-        for (c, component) in family.components.iter().enumerate() {
-            let exception = table.and_then(|t| t.component.get(c)).and_then(|p| p.places.get(&raw.name));
-            let found = raw.place.iter().filter(|place| is_for(place, family, component));
-            let mut found: Vec<Place> = found.filter_map(|place| general(place, f, c, component, written)).collect();
-            if let Some(exception) = exception {
-                apply(file, exception, (f, c), component, &mut found)?;
-            }
-            places.extend(found);
+    for (c, component) in components.iter().enumerate() {
+        let found = raw.place.iter().filter(|place| is_for(place, &table.name, component));
+        let mut found: Vec<Place> = found.filter_map(|place| general(place, family, c, component, written)).collect();
+        if let Some(exception) = table.component.get(c).and_then(|part| part.places.get(&raw.name)) {
+            apply(&table.name, exception, (family, c), component, &mut found)?;
         }
+        places.extend(found);
     }
     Ok(places)
 }
 
 /// Names in a dialect's table are those of something.
-fn check_names(file: &str, raw: &raw::Dialect, families: &[Family]) -> Result<()> {
+pub(super) fn check(raw: &raw::Dialect, families: &[Family]) -> Result<()> {
     for place in &raw.place {
-        let named = place.families.iter().flatten();
-        for name in named {
-            let mut all = families.iter().filter(|f| f.name == *name).peekable();
-            if all.peek().is_none() {
-                return Err(invalid(file, format!("no family is called `{name}`")));
+        let wrong = |what: String| Err(invalid(&raw.name, what));
+        for name in place.families.iter().flatten() {
+            let all: Vec<&Family> = families.iter().filter(|f| f.name == *name).collect();
+            if all.is_empty() {
+                return wrong(format!("no family is called `{name}`"));
             }
-            let mut components = all.flat_map(|f| &f.components).filter(|c| is_part(place, c)).peekable();
+            let mut components = all.iter().flat_map(|f| f.components.iter()).filter(|c| is_part(place, c)).peekable();
             if components.peek().is_none() {
                 let wanted = place.component.as_ref().map_or(&[][..], OneOrMany::as_slice);
-                return Err(invalid(file, format!("`{name}` has no component {wanted:?}")));
+                return wrong(format!("`{name}` has no component {wanted:?}"));
             }
             if !components.any(|c| namespace(place, c).is_some()) {
-                let wanted = place.namespace.as_slice();
-                return Err(invalid(file, format!("no component of `{name}` has a namespace {wanted:?}")));
+                return wrong(format!("no component of `{name}` has a namespace {:?}", place.namespace.as_slice()));
             }
         }
     }
     Ok(())
 }
 
-fn is_for(place: &raw::Place, family: &Family, component: &Component) -> bool {
-    place.families.as_ref().is_none_or(|all| all.contains(&family.name)) && is_part(place, component)
+fn is_for(place: &raw::Place, family: &String, component: &Component) -> bool {
+    place.families.as_ref().is_none_or(|all| all.contains(family)) && is_part(place, component)
 }
 
 fn is_part(place: &raw::Place, component: &Component) -> bool {

@@ -4,16 +4,31 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-/// A family file: how the modules of one model architecture are named and shaped.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Family {
+/// What stands at the top of a family file, before its first section.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Head {
     pub name: String,
     pub title: String,
     #[serde(default = "last")]
     pub order: u32,
     #[serde(default)]
     pub hints: Vec<String>,
+}
+
+/// A family file: how the modules of one model architecture are named and shaped.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Family {
+    pub name: String,
+    /// Read in its [`Head`].
+    #[serde(rename = "title")]
+    pub _title: String,
+    /// Read in its [`Head`].
+    #[serde(default = "last", rename = "order")]
+    pub _order: u32,
+    /// Read in its [`Head`].
+    #[serde(default, rename = "hints")]
+    pub _hints: Vec<String>,
     /// Dialects that are written for it; `None` for all that have a place for it.
     pub dialects: Option<Vec<String>>,
     #[serde(default)]

@@ -127,7 +127,7 @@ impl<'r> Names<'r> {
                 else {
                     continue;
                 };
-                hit.prefix.clone_from(prefix);
+                hit.prefix = std::sync::Arc::from(prefix.as_str());
                 let twin = |m: &Meaning| (m.hit.family, m.hit.component, m.leaf) == (hit.family, hit.component, leaf);
                 if !out.iter().any(twin) {
                     out.push(Meaning { hit, leaf });

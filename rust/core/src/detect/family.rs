@@ -1,0 +1,271 @@
+//! Which family a file is of.
+
+use std::collections::BTreeMap;
+
+use super::shape::{fits, is_size, kronecker};
+use super::{Detection, Given, Meaning, level, meaning};
+use crate::error::{Code, Error, Result};
+use crate::io::{Source, TensorInfo};
+use crate::kind::{Kind, Slot};
+use crate::table::{Hit, Op, Registry};
+
+/// A file as one of a family.
+pub(super) struct Explained<'s> {
+    pub family: usize,
+    pub meanings: Vec<Meaning<'s>>,
+    /// Keys whose tensors have shapes that the modules can have.
+    score: usize,
+}
+
+impl Explained<'_> {
+    /// Whether a key is one of the model itself, not of a text encoder.
+    fn meets_model(&self) -> bool {
+        self.meanings.iter().flatten().any(|(_, hit)| hit.component == 0)
+    }
+
+    fn is_whole(&self) -> bool {
+        self.meanings.iter().all(Option::is_some)
+    }
+}
+
+/// Reads a file as one of a family.
+fn explain<'s>(registry: &Registry, source: &'s Source, given: &Given, family: usize) -> Explained<'s> {
+    let dialect = given.dialect.map(|d| &registry.dialects[d]);
+    let allowed = |(read, hit): &(crate::table::Read<'_>, Hit)| {
+        dialect.is_none_or(|d| level(d, hit, read.suffix.slot, read.suffix.suffix) > 0)
+    };
+    let tensors = source.tensors();
+    let meanings: Vec<Meaning<'s>> =
+        tensors.iter().map(|info| meaning(registry, family, info).filter(allowed)).collect();
+    let fitting = |(meaning, info): &(&Meaning<'_>, &TensorInfo)| {
+        meaning.as_ref().is_some_and(|(read, hit)| fits(registry, hit, read.suffix.slot, &info.shape))
+    };
+    let score = meanings.iter().zip(tensors).filter(fitting).count();
+    Explained { family, meanings, score }
+}
+
+/// The file as every family that explains most of its keys with their shapes.
+///
+/// No family explains more keys than it has the words of. So families are tried in the order of that number, and no more
+/// of them once it is below what one explains: a typical file takes the tables of a few.
+fn best<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Vec<Explained<'s>> {
+    let mut bounds = vec![0usize; registry.families.len()];
+    for info in source.tensors() {
+        registry.possible(&info.name).into_iter().for_each(|family| bounds[family] += 1);
+    }
+    let allowed = |f: &usize| given.families.is_empty() || given.families.contains(f);
+    let mut order: Vec<usize> = (0..bounds.len()).filter(allowed).filter(|&f| bounds[f] > 0).collect();
+    order.sort_by_key(|&f| (std::cmp::Reverse(bounds[f]), f));
+    let mut found: Vec<Explained<'s>> = Vec::new();
+    for family in order {
+        let most = found.first().map_or(1, |e| e.score);
+        if bounds[family] < most {
+            break;
+        }
+        let explained = explain(registry, source, given, family);
+        if explained.score > most || (explained.score == most && found.is_empty()) {
+            found.clear();
+        }
+        if explained.score >= most.max(1) {
+            found.push(explained);
+        }
+    }
+    found.sort_by_key(|e| e.family);
+    found
+}
+
+type Choice<'s> = (Explained<'s>, Vec<usize>, Option<&'static str>);
+
+/// The family, with all that explain the file as well and what decided among them.
+pub(super) fn choose<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Result<Choice<'s>> {
+    let found = best(registry, source, given);
+    // Text encoders are shared by many families: beside unknown keys they prove none.
+    let proven = found.iter().any(|e| e.meets_model()) || found.iter().any(Explained::is_whole);
+    let asked = !given.families.is_empty();
+    let other = || best(registry, source, &Given { dialect: given.dialect, ..Given::default() });
+    // A family whose model is not met, while that of another one is, was named by mistake.
+    let mistaken = || {
+        let own = found.first().map_or(0, |e| e.score);
+        other().iter().any(|e| e.score > own && e.meets_model())
+    };
+    let refused = if asked { !found.iter().any(Explained::meets_model) && mistaken() } else { !proven };
+    if found.is_empty() || refused {
+        return Err(no_family(registry, source, given, &found, &other()));
+    }
+    let tied = ended(registry, closest(registry, source, found));
+    let candidates: Vec<usize> = tied.iter().map(|e| e.family).collect();
+    let (at, tie_break) = decide(registry, source, given, &tied);
+    let chosen = tied.into_iter().nth(at).expect("one of them");
+    Ok((chosen, candidates, tie_break))
+}
+
+/// Which of the tied it is, and what says so; nothing needs to if there is one.
+fn decide(
+    registry: &Registry,
+    source: &Source,
+    given: &Given,
+    tied: &[Explained<'_>],
+) -> (usize, Option<&'static str>) {
+    if tied.len() == 1 {
+        return (0, None);
+    }
+    // What an adapter is put behind says what it is for.
+    let behind =
+        |base: &crate::native::Base| tied.iter().position(|e| registry.families[e.family].name == base.family());
+    if let Some(at) = given.base.as_ref().and_then(|base| behind(base)) {
+        return (at, Some("base"));
+    }
+    if let Some(at) = hinted(registry, &said(source), tied) {
+        return (at, Some("metadata"));
+    }
+    if let Some(at) = hinted(registry, &[name_of(source)], tied) {
+        return (at, Some("name"));
+    }
+    // Families that name and shape every key alike give one result: take the first and say so. Of others the first is
+    // good enough to look at, and not to write.
+    let same = tied.windows(2).all(|pair| {
+        let pairs = pair[0].meanings.iter().zip(&pair[1].meanings);
+        pairs.into_iter().all(|(a, b)| describe(registry, a) == describe(registry, b))
+    });
+    (0, Some(if same { "order" } else { "unsure" }))
+}
+
+/// The error for a file that may be of several families, where that makes a difference.
+pub(crate) fn ambiguous(registry: &Registry, detection: &Detection, source: &Source, why: &str) -> Error {
+    let names: Vec<String> = detection.candidates.iter().map(|&f| registry.families[f].label()).collect();
+    Error::new(Code::AmbiguousFamily, format!("the file fits {} equally well{why}", names.join(" and ")))
+        .at(source.path())
+        .hint(format!("add `--family {}`", names.join("` or `--family ")))
+}
+
+/// Of families that every key fits by itself, those whose modules most Kronecker products fit as wholes.
+fn closest<'s>(registry: &Registry, source: &Source, tied: Vec<Explained<'s>>) -> Vec<Explained<'s>> {
+    let mut products: BTreeMap<&str, (usize, BTreeMap<Slot, &[usize]>)> = BTreeMap::new();
+    for (at, info) in source.tensors().iter().enumerate() {
+        let read = tied.first().and_then(|e| e.meanings[at].as_ref()).map(|(read, _)| read);
+        if let Some(read) = read.filter(|r| r.suffix.slot.kind() == Some(Kind::Lokr)) {
+            let module = products.entry(read.suffix.base).or_insert_with(|| (at, BTreeMap::new()));
+            module.1.insert(read.suffix.slot, &info.shape);
+        }
+    }
+    best_of(tied, |e| {
+        let whole = |(at, slots): &&(usize, BTreeMap<Slot, &[usize]>)| {
+            let hit = e.meanings[*at].as_ref().map(|(_, hit)| hit);
+            hit.is_some_and(|hit| kronecker(slots).is_some_and(|size| is_size(registry, hit, size)))
+        };
+        products.values().filter(whole).count()
+    })
+}
+
+/// Of families that every key fits, those whose kinds of blocks mostly end where the file's do.
+fn ended<'s>(registry: &Registry, tied: Vec<Explained<'s>>) -> Vec<Explained<'s>> {
+    best_of(tied, |e| {
+        let mut last: BTreeMap<(usize, usize), (u32, u32)> = BTreeMap::new();
+        for (_, hit) in e.meanings.iter().flatten() {
+            let row = &registry.families[e.family].components[hit.component].rows[hit.row];
+            for (variable, below) in row.canonical[hit.part.unwrap_or(0)].bounds() {
+                let number = hit.variables[variable];
+                let entry = last.entry((hit.component, variable)).or_insert((0, below));
+                *entry = (entry.0.max(number), entry.1.max(below));
+            }
+        }
+        last.values().filter(|(number, below)| number + 1 == *below).count()
+    })
+}
+
+/// Those of the highest count.
+fn best_of<'s>(tied: Vec<Explained<'s>>, count: impl Fn(&Explained<'s>) -> usize) -> Vec<Explained<'s>> {
+    if tied.len() < 2 {
+        return tied;
+    }
+    let counts: Vec<usize> = tied.iter().map(count).collect();
+    let best = counts.iter().copied().max().unwrap_or(0);
+    tied.into_iter().zip(counts).filter(|(_, count)| *count == best).map(|(e, _)| e).collect()
+}
+
+/// The canonical module that a key is: component, names, output rows, and whether halves are exchanged.
+fn describe<'r>(registry: &'r Registry, meaning: &Meaning<'_>) -> Option<(&'r str, Vec<String>, &'r [usize], bool)> {
+    let (_, hit) = meaning.as_ref()?;
+    let component = &registry.families[hit.family].components[hit.component];
+    let row = &component.rows[hit.row];
+    let parts = hit.part.map_or(0..row.canonical.len(), |part| part..part + 1);
+    let names = row.canonical[parts.clone()].iter().map(|t| t.render(&hit.variables)).collect();
+    Some((&component.name, names, &row.outputs[parts], row.op == Op::SwapHalves && hit.namespace != 0))
+}
+
+/// What the metadata says of the model, in lower case.
+pub(super) fn said(source: &Source) -> Vec<String> {
+    let keys = ["ss_base_model_version", "modelspec.architecture", "software", "base_model", "ot_branch"];
+    keys.iter().filter_map(|k| source.metadata_value(k)).map(str::to_lowercase).collect()
+}
+
+/// The file's name in lower case, words joined by hyphens.
+fn name_of(source: &Source) -> String {
+    let stem = source.path().file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
+    stem.replace(['_', ' '], "-")
+}
+
+/// The one of the tied of whose hints the texts hold one; of several sizes of one family the first.
+fn hinted(registry: &Registry, texts: &[String], tied: &[Explained<'_>]) -> Option<usize> {
+    let plain = |text: &str| text.replace('_', "-");
+    let holds = |hint: &String| texts.iter().any(|t| t.contains(hint.as_str()) || plain(t).contains(&plain(hint)));
+    let found: Vec<usize> =
+        (0..tied.len()).filter(|&at| registry.families[tied[at].family].hints.iter().any(holds)).collect();
+    let name = |at: usize| registry.families[tied[at].family].name.as_str();
+    let one = found.windows(2).all(|pair| name(pair[0]) == name(pair[1]));
+    found.first().copied().filter(|_| one)
+}
+
+/// Why no family was found, or not the one that was asked for: what fits better, a shape that fits nothing, or a key
+/// that nothing knows.
+fn no_family(
+    registry: &Registry,
+    source: &Source,
+    given: &Given,
+    own: &[Explained<'_>],
+    others: &[Explained<'_>],
+) -> Error {
+    let wanted = |f: usize| given.families.is_empty() || given.families.contains(&f);
+    let (tensors, total) = (source.tensors(), source.tensors().len());
+    let first = tensors.first().map_or("", |t| t.name.as_str());
+    if let (Some(&asked), Some(fitting)) = (given.families.first(), others.first()) {
+        let asked = &registry.families[asked].name;
+        let labels: Vec<String> = others.iter().map(|e| registry.families[e.family].label()).collect();
+        let (own, best, names) = (own.first().map_or(0, |e| e.score), fitting.score, labels.join(", "));
+        let message = format!("{asked} explains {own} of {total} keys; {names} explains {best}");
+        let hint = format!("leave `--family` out, or add `--family {}`", labels[0]);
+        return Error::new(Code::UnknownFamily, message).key(first).at(source.path()).hint(hint);
+    }
+    let mut strange = None;
+    for info in tensors {
+        let Some(read) = registry.read(&info.name) else {
+            strange.get_or_insert(&info.name);
+            continue;
+        };
+        let known: Vec<&Hit> = read.hits.iter().filter(|hit| wanted(hit.family)).collect();
+        if let Some(hit) = known.first()
+            && !known.iter().any(|hit| fits(registry, hit, read.suffix.slot, &info.shape))
+        {
+            let (family, shape) = (registry.families[hit.family].label(), &info.shape);
+            let message = format!("`{}` has shape {shape:?}, which no module of that name has in {family}", info.name);
+            return Error::new(Code::ShapeMismatch, message).key(&info.name).at(source.path());
+        }
+    }
+    let key = strange.map_or(first, String::as_str);
+    let what = match given.families.first() {
+        Some(&family) => format!("no key belongs to {}", registry.families[family].name),
+        None => "the keys belong to no known model family".to_owned(),
+    };
+    let error = Error::new(Code::UnknownFamily, format!("{what}; one is `{key}`")).key(key).at(source.path());
+    error.hint(format!("known families: {}; `--table FILE` adds one", registry.family_names().join(", ")))
+}
+
+/// The families, other than its own, of whose model a key is.
+pub(crate) fn other_families(registry: &Registry, info: &TensorInfo, own: usize) -> Vec<String> {
+    let Some(read) = registry.read(&info.name) else { return Vec::new() };
+    let fitting = read.hits.iter().filter(|hit| fits(registry, hit, read.suffix.slot, &info.shape));
+    let mut names: Vec<String> =
+        fitting.map(|hit| hit.family).filter(|&f| f != own).map(|f| registry.families[f].label()).collect();
+    names.dedup();
+    names
+}
