@@ -217,7 +217,8 @@ fn check_components(term: &Term<'_>) -> Result<()> {
 /// that of the others.
 pub fn agree<'a>(adapters: &[&'a Adapter]) -> Result<Vec<Cow<'a, Adapter>>> {
     let fits = |family: usize| adapters.iter().all(|a| a.detection.candidates.contains(&family));
-    let common = adapters.iter().flat_map(|a| &a.detection.candidates).copied().find(|f| fits(*f));
+    let own = adapters.iter().map(|a| a.family);
+    let common = own.chain(adapters.iter().flat_map(|a| a.detection.candidates.iter().copied())).find(|f| fits(*f));
     let one = |adapter: &&'a Adapter| match common {
         Some(family) if family != adapter.family => {
             let given = Given { families: vec![family], ..Given::default() };

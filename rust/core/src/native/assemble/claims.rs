@@ -30,7 +30,9 @@ impl<'a> Assembler<'_, '_, 'a> {
             let held = self.base.layer(&name);
             for module in &layer.modules {
                 let path = module.render(&variables);
-                let plain = [&name, &path].iter().any(|n| self.base.has(&format!("{n}.weight")) == Some(true));
+                // A file has branches for all quantized layers of its base.
+                let left = self.native.whole && self.base.is_carried();
+                let plain = left || [&name, &path].iter().any(|n| self.base.has(&format!("{n}.weight")) == Some(true));
                 let claim = match held {
                     Some(layer) => Claim::Layer(layer),
                     None if plain => Claim::Outside,
