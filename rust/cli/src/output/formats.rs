@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use lorafmt_core::table::{AlphaPolicy, Component, Dialect, Family, Registry, Row};
+use lorafmt_core::table::{AlphaPolicy, Component, Dialect, Family, Program, Registry, Row, Rule};
 use serde_json::{Map, Value, json};
 
 use super::View;
@@ -17,23 +17,31 @@ fn support(dialect: &Dialect, family: usize) -> &'static str {
     }
 }
 
-/// Dialects down, families across.
+/// Families down, with the sizes in which they come, and dialects across; then what dialects are also called.
 pub(crate) fn matrix(registry: &Registry, view: &View) -> String {
-    let name_width = registry.dialects.iter().map(|d| d.name.chars().count()).max().unwrap_or(0).max("dialect".len());
-    let family_width = |f: &Family| f.name.chars().count().max("write".len());
-    let mut out = paint(BOLD, format!("{:name_width$}", "dialect"));
-    for family in &registry.families {
-        let _ = write!(out, "  {}", paint(BOLD, format!("{:1$}", clean(&family.name), family_width(family))));
+    let names = registry.family_names();
+    let labels: Vec<String> = names.iter().map(|name| label(registry, name)).collect();
+    let name_width = labels.iter().map(|l| l.chars().count()).max().unwrap_or(0).max("family".len());
+    let last = registry.dialects.len().saturating_sub(1);
+    // Nothing fills the last column.
+    let width = |d: usize| if d == last { 0 } else { registry.dialects[d].name.chars().count().max("write".len()) };
+    let mut out = paint(BOLD, format!("{:name_width$}", "family"));
+    for (d, dialect) in registry.dialects.iter().enumerate() {
+        let _ = write!(out, " {}", paint(BOLD, format!("{:1$}", clean(&dialect.name), width(d))));
     }
-    let _ = writeln!(out, "  {}", paint(BOLD, "also called"));
-    for dialect in &registry.dialects {
-        let _ = write!(out, "{:name_width$}", clean(&dialect.name));
-        for (f, family) in registry.families.iter().enumerate() {
-            let text = support(dialect, f);
+    for (name, label) in names.iter().zip(&labels) {
+        let Some(family) = registry.families.iter().position(|f| f.name == *name) else { continue };
+        let _ = write!(out, "\n{label:name_width$}");
+        for (d, dialect) in registry.dialects.iter().enumerate() {
+            let text = support(dialect, family);
             let style = if text == "-" { DIM } else { GREEN };
-            let _ = write!(out, "  {}", paint(style, format!("{text:0$}", family_width(family))));
+            let _ = write!(out, " {}", paint(style, format!("{text:0$}", width(d))));
         }
-        let line = format!("  {}", dialect.aliases.join(", "));
+    }
+    let name_width = registry.dialects.iter().map(|d| d.name.chars().count()).max().unwrap_or(0).max("dialect".len());
+    let _ = writeln!(out, "\n\n{}  {}", paint(BOLD, format!("{:name_width$}", "dialect")), paint(BOLD, "also called"));
+    for dialect in &registry.dialects {
+        let line = format!("{:name_width$}  {}", dialect.name, dialect.aliases.join(", "));
         let _ = writeln!(out, "{}", clean(line.trim_end()));
         if view.verbose {
             let _ = writeln!(out, "  {}", paint(DIM, clean(&dialect.title)));
@@ -42,12 +50,21 @@ pub(crate) fn matrix(registry: &Registry, view: &View) -> String {
     out
 }
 
+/// The name of a family with its sizes.
+fn label(registry: &Registry, name: &str) -> String {
+    let all = registry.families.iter().filter(|f| f.name == name);
+    let sizes: Vec<&str> = all.filter_map(|f| f.variant.as_deref()).collect();
+    let text = if sizes.is_empty() { name.to_owned() } else { format!("{name} ({})", sizes.join(", ")) };
+    clean(&text).into_owned()
+}
+
 /// Everything in the tables.
 pub(crate) fn machine(registry: &Registry) -> Value {
     json!({
         "schema": 1,
         "dialects": registry.dialects.iter().map(|d| dialect(registry, d)).collect::<Vec<_>>(),
         "families": registry.families.iter().map(family).collect::<Vec<_>>(),
+        "programs": registry.programs.iter().map(program).collect::<Vec<_>>(),
     })
 }
 
@@ -92,6 +109,24 @@ fn dialect(registry: &Registry, dialect: &Dialect) -> Value {
     })
 }
 
+fn program(program: &Program) -> Value {
+    let rule = |r: &Rule| {
+        json!({
+            "dialects": r.dialects,
+            "families": r.families,
+            "kinds": r.kinds,
+            "answer": r.answer.name(),
+            "note": r.note,
+            "source": r.source,
+        })
+    };
+    json!({
+        "name": program.name,
+        "version": program.version,
+        "rules": program.rules.iter().map(rule).collect::<Vec<_>>(),
+    })
+}
+
 fn family(family: &Family) -> Value {
     let component = |c: &Component| {
         json!({
@@ -104,6 +139,7 @@ fn family(family: &Family) -> Value {
         "name": family.name,
         "variant": family.variant,
         "title": family.title,
+        "order": family.order,
         "hints": family.hints,
         "components": family.components.iter().map(component).collect::<Vec<_>>(),
     })
