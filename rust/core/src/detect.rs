@@ -179,7 +179,7 @@ fn choose_family(
         }
     }
     let tied: Vec<usize> = (0..scores.len()).filter(allowed).filter(|&f| scores[f] == best).collect();
-    let tied = closest(registry, source, reads, tied);
+    let tied = ended(registry, reads, closest(registry, source, reads, tied));
     if tied.len() == 1 {
         return Ok((tied[0], tied, None));
     }
@@ -228,7 +228,32 @@ fn closest(registry: &Registry, source: &Source, reads: &[Option<Read<'_>>], tie
         };
         products.values().filter(whole).count()
     };
-    let counts: Vec<usize> = tied.iter().map(|&f| fitting(f)).collect();
+    best_of(tied, fitting)
+}
+
+/// Of families that every key fits, those whose kinds of blocks mostly end where the file's do.
+fn ended(registry: &Registry, reads: &[Option<Read<'_>>], tied: Vec<usize>) -> Vec<usize> {
+    if tied.len() < 2 {
+        return tied;
+    }
+    let complete = |family: usize| {
+        let mut last: BTreeMap<(usize, usize), (u32, u32)> = BTreeMap::new();
+        for hit in reads.iter().flatten().filter_map(|read| hit_in(read, family)) {
+            let row = &registry.families[family].components[hit.component].rows[hit.row];
+            for (variable, below) in row.canonical[hit.part.unwrap_or(0)].bounds() {
+                let number = hit.variables[variable];
+                let entry = last.entry((hit.component, variable)).or_insert((0, below));
+                *entry = (entry.0.max(number), entry.1.max(below));
+            }
+        }
+        last.values().filter(|(number, below)| number + 1 == *below).count()
+    };
+    best_of(tied, complete)
+}
+
+/// Those of the highest count.
+fn best_of(tied: Vec<usize>, count: impl Fn(usize) -> usize) -> Vec<usize> {
+    let counts: Vec<usize> = tied.iter().map(|&f| count(f)).collect();
     let best = counts.iter().copied().max().unwrap_or(0);
     tied.into_iter().zip(counts).filter(|(_, count)| *count == best).map(|(f, _)| f).collect()
 }

@@ -318,7 +318,7 @@ impl<'a> Encoder<'a> {
 
     /// Why the runtime of a quantized model stops at a module that is only carried: it looks up every vector.
     fn stops(&self, place: &Place, module: &Module) -> Option<String> {
-        let looked_up = place.carried && self.dialect.native(self.adapter.family).is_some();
+        let looked_up = place.carried && self.dialect.native(self.adapter.family).is_some_and(|n| !n.whole);
         let vector = module.tensors.iter().any(|(slot, t)| *slot != Slot::Magnitude && t.shape().len() == 1);
         (looked_up && vector).then(|| "has a bias or a norm, at which its loader stops".to_owned())
     }

@@ -1,19 +1,25 @@
 //! From canonical modules to the branches of a quantized model.
 
+mod claims;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use claims::Claim;
+
 use super::base::{Base, BaseLayer, Precision, Smoothing};
-use super::manifest::{BaseEntry, Entry, KEY, Manifest, compress};
+use super::draft::Draft;
+use super::manifest::{BaseEntry, compress};
 use super::pack::{Side, TILE, pack};
 use super::scaling::{divide_rows, divide_vector, multiply_columns};
+use super::vector::pack_vector;
 use crate::adapter::ModuleKey;
-use crate::compose::{Ledger, Term};
+use crate::compose::Ledger;
 use crate::dtype::Dtype;
 use crate::encode::{MAX_RANK, Member};
 use crate::error::{Code, Error, Result};
 use crate::kind::{Kind, Module, Refusal, Slot};
-use crate::plan::{Digest, Fate, Output};
+use crate::plan::{Fate, Output};
 use crate::report::Warning;
 use crate::table::{Component, Layer, Native, Op};
 use crate::tensor::Tensor;
@@ -77,6 +83,8 @@ struct Part {
 struct Target<'a> {
     layer: &'a Layer,
     name: String,
+    /// The block that it stands in.
+    block: String,
     base: &'a BaseLayer,
     /// Folded factors by term.
     terms: Vec<(usize, Module)>,
@@ -115,6 +123,7 @@ pub(crate) fn assemble<'m>(
         dtype: dtype.filter(|d| d.size() == 2).unwrap_or(Dtype::BF16),
         max_rank: max_rank.unwrap_or(MAX_RANK),
         parts: BTreeMap::new(),
+        fed: base.fed(native, component),
         biases: BTreeMap::new(),
         vectors: vec![BTreeSet::new(); terms],
     };
@@ -159,6 +168,8 @@ struct Assembler<'l, 'c, 'a> {
     max_rank: usize,
     /// Canonical modules of the layers, by path.
     parts: BTreeMap<String, Vec<Part>>,
+    /// What rows of modules outside the layers are divided by.
+    fed: BTreeMap<String, Arc<[f64]>>,
     /// Bias differences by canonical path.
     biases: BTreeMap<String, Vec<(usize, Tensor)>>,
     /// Keys of the bias differences that each term has a part in.
@@ -168,33 +179,29 @@ struct Assembler<'l, 'c, 'a> {
 impl<'a> Assembler<'_, '_, 'a> {
     /// Takes out what belongs to layers: factors into `parts`, bias differences into `biases`.
     fn sort<'m>(&mut self, members: Vec<Member<'m>>) -> Result<Vec<Member<'m>>> {
-        let claimed: BTreeMap<String, bool> = self
-            .instances()
-            .flat_map(|(layer, variables, name)| {
-                let held = self.base.layer(&name).is_some();
-                layer.modules.iter().map(move |m| (m.render(&variables), held)).collect::<Vec<_>>()
-            })
-            .collect();
+        let claims = self.claims();
         let mut rest = Vec::new();
         for member in members {
             let row = &self.component.rows[member.address.row];
             let whole = member.address.namespace > 0;
-            let inside = match whole {
-                true => row.canonical.iter().any(|t| claimed.contains_key(&t.render(&member.address.variables))),
-                false => claimed.contains_key(&member.key.path),
+            let paths: Vec<String> = match whole {
+                true => row.canonical.iter().map(|t| t.render(&member.address.variables)).collect(),
+                false => vec![member.key.path.clone()],
             };
-            if row.op == Op::Only {
+            let claimed: Vec<&Claim<'a>> = paths.iter().filter_map(|path| claims.get(path)).collect();
+            let inside = claimed.iter().any(|claim| !matches!(claim, Claim::Outside));
+            if let Some(reason) = self.unfit(row, &paths, &claimed, &member.module) {
+                self.lose(Code::UnsupportedModule, member.key, &member.module, reason)?;
+            } else if row.op == Op::Only {
                 rest.push(self.parameter(member));
-            } else if !inside && member.module.get(Slot::DiffB).is_none() {
-                rest.push(member);
-            } else if !inside && whole {
+            } else if inside {
+                self.take(member, &claims)?;
+            } else if whole && member.module.get(Slot::DiffB).is_some() {
                 // Its rows are not in canonical order yet, and a vector is written under its canonical name.
                 let reason = "has a bias, and rows that its kind does not let permute";
                 self.lose(Code::UnsupportedKind, member.key, &member.module, reason)?;
-            } else if !inside {
+            } else if let Some(member) = self.divided(member)? {
                 rest.extend(self.take_bias(member));
-            } else {
-                self.take(member, &claimed)?;
             }
         }
         Ok(rest)
@@ -223,7 +230,7 @@ impl<'a> Assembler<'_, '_, 'a> {
 
     /// The bias of a module outside the layers is a vector of its own; the rest of the module comes back.
     fn take_bias<'m>(&mut self, mut member: Member<'m>) -> Option<Member<'m>> {
-        let bias = member.module.tensors.remove(&Slot::DiffB)?;
+        let Some(bias) = member.module.tensors.remove(&Slot::DiffB) else { return Some(member) };
         self.biases.entry(member.key.path.clone()).or_default().push((member.term, bias));
         if member.module.tensors.is_empty() {
             self.ledger.mark(&member.module, Fate::Used);
@@ -233,12 +240,12 @@ impl<'a> Assembler<'_, '_, 'a> {
     }
 
     /// One module of the layers, whole or in parts.
-    fn take(&mut self, member: Member<'_>, claimed: &BTreeMap<String, bool>) -> Result<()> {
+    fn take(&mut self, member: Member<'_>, claims: &BTreeMap<String, Claim<'_>>) -> Result<()> {
         match self.plain(&member) {
             Err((code, Refusal(reason))) => self.lose(code, member.key, &member.module, &reason),
             Ok(parts) => {
-                let missing = parts.iter().find(|(path, _)| !claimed.get(path).copied().unwrap_or(false));
-                if missing.is_some() {
+                let held = |(path, _): &(String, Module)| matches!(claims.get(path), Some(Claim::Layer(_)));
+                if !parts.iter().all(held) {
                     let reason = "is of a block that the base does not have";
                     return self.lose(Code::UnsupportedModule, member.key, &member.module, reason);
                 }
@@ -308,7 +315,8 @@ impl<'a> Assembler<'_, '_, 'a> {
                     }
                 }
             }
-            targets.push(Target { layer, name, base, terms, added: 0, ranges: Vec::new() });
+            let block = block_of(layer, &variables);
+            targets.push(Target { layer, name, block, base, terms, added: 0, ranges: Vec::new() });
         }
         Ok(targets)
     }
@@ -359,8 +367,13 @@ impl<'a> Assembler<'_, '_, 'a> {
     fn ranked(&mut self, mut targets: Vec<Target<'a>>) -> Result<Vec<Target<'a>>> {
         let mut groups: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for (at, target) in targets.iter().enumerate() {
-            let block = block_of(&target.name);
-            let group = target.layer.joint.as_ref().map_or_else(|| target.name.clone(), |j| format!("{block} {j}"));
+            let (layer, block) = (target.layer, &target.block);
+            let group = match (&layer.joint, self.native.even) {
+                (Some(joint), false) => format!("{block} {joint}"),
+                (None, false) => target.name.clone(),
+                (Some(joint), true) => joint.clone(),
+                (None, true) => layer.name.text(&self.component.variables),
+            };
             groups.entry(group).or_default().push(at);
         }
         let align = |n: usize| n.next_multiple_of(TILE);
@@ -446,8 +459,8 @@ impl<'a> Assembler<'_, '_, 'a> {
             let (Some(base), Some(vector)) = (self.base.layer(&name), &layer.vector) else { continue };
             let paths: Vec<String> = layer.modules.iter().map(|m| m.render(&variables)).collect();
             let touched = paths.iter().any(|p| biases.contains_key(p));
-            // Biases of modulation layers are restored by the runtime itself.
-            if !touched && (base.bias.is_none() || layer.interleave.is_some()) {
+            // Biases of modulation layers are restored by the runtime itself; adding zeros restores nothing.
+            if !touched && (base.bias.is_none() || layer.interleave.is_some() || self.native.packed_vectors) {
                 continue;
             }
             let dtype = base.bias.or(base.dtype).filter(|d| d.size() == 2).unwrap_or(self.dtype);
@@ -465,7 +478,9 @@ impl<'a> Assembler<'_, '_, 'a> {
             for (term, _) in paths.iter().filter_map(|p| biases.remove(p)).flatten() {
                 self.vectors[term].insert(key.clone());
             }
-            outputs.push(Output { key, tensor: Tensor::stack_rows(&parts).cast(dtype) });
+            let whole = Tensor::stack_rows(&parts).cast(dtype);
+            let tensor = if self.native.packed_vectors { pack_vector(&whole) } else { whole };
+            outputs.push(Output { key, tensor });
         }
         for (path, parts) in biases {
             let key = format!("{path}.bias");
@@ -481,18 +496,21 @@ impl<'a> Assembler<'_, '_, 'a> {
     /// Says where the base does not tell whether its attention outputs are smoothed, or contradicts itself.
     fn judge_smoothing(&mut self) {
         let attention = || {
-            self.instances().filter(|(l, ..)| l.attention).filter_map(|(.., n)| Some((n.clone(), self.base.layer(&n)?)))
+            self.instances().filter_map(|(layer, variables, name)| {
+                let place = format!("{} {}", block_of(layer, &variables), layer.attention.as_ref()?);
+                let base = self.base.layer(&name)?;
+                Some((name, place, base))
+            })
         };
         let unknown: Vec<String> =
-            attention().filter(|(_, b)| matches!(b.smoothing, Smoothing::Unknown)).map(|(n, _)| n).collect();
+            attention().filter(|(.., b)| matches!(b.smoothing, Smoothing::Unknown)).map(|(n, ..)| n).collect();
         let mut seen: BTreeMap<String, &Smoothing> = BTreeMap::new();
         let mut torn = Vec::new();
-        for (name, base) in attention() {
-            let block = block_of(&name).to_owned();
-            match (seen.get(&block), &base.smoothing) {
+        for (name, place, base) in attention() {
+            match (seen.get(&place), &base.smoothing) {
                 (Some(Smoothing::Fused(a)), Smoothing::Fused(b)) if a == b => {}
                 (Some(Smoothing::Fused(_)), _) | (Some(_), Smoothing::Fused(_)) => torn.push(name),
-                _ => drop(seen.insert(block, &base.smoothing)),
+                _ => drop(seen.insert(place, &base.smoothing)),
             }
         }
         if let Some(first) = unknown.first() {
@@ -535,54 +553,7 @@ impl<'a> Assembler<'_, '_, 'a> {
     }
 }
 
-/// The metadata entry while modules outside the layers are still to come.
-pub(crate) struct Draft {
-    base: BaseEntry,
-    layout: &'static str,
-    /// Ranges of each term, by layer.
-    ranks: Vec<BTreeMap<String, Option<(usize, usize)>>>,
-    vectors: Vec<BTreeSet<String>>,
-}
-
-impl Draft {
-    /// Notes a module outside the layers: the terms that have it, with their ranks one after the other.
-    pub(crate) fn outside(&mut self, name: &str, terms: &[(usize, Option<usize>)]) {
-        // Whoever does not have it must be seen not to: others under one pattern may speak for all blocks.
-        for ranks in &mut self.ranks {
-            ranks.insert(name.to_owned(), None);
-        }
-        let mut start = 0;
-        for &(term, rank) in terms {
-            match rank {
-                Some(rank) => {
-                    self.ranks[term].insert(name.to_owned(), Some((start, start + rank)));
-                    start += rank;
-                }
-                None => drop(self.vectors[term].insert(name.to_owned())),
-            }
-        }
-    }
-
-    /// The entry, and the hashes that it still lacks.
-    pub(crate) fn finish(self, terms: &[Term<'_>], strength: f64) -> ((String, String), Vec<Digest>) {
-        let (hashes, digests): (Vec<_>, Vec<_>) = terms.iter().enumerate().map(|(n, t)| t.hash(n)).unzip();
-        let entry = |(((term, hash), ranks), vectors): (((&Term<'_>, Option<String>), _), BTreeSet<String>)| Entry {
-            name: term.name.clone(),
-            hash,
-            strength: term.written_strength(strength),
-            ranks: compress(&ranks, (0, 0)),
-            vectors: vectors.into_iter().collect(),
-        };
-        let entries = terms.iter().zip(hashes).zip(self.ranks).zip(self.vectors).map(entry);
-        // An adapter of strength zero has left nothing in the file.
-        let entries = entries.filter(|e| !e.ranks.is_empty() || !e.vectors.is_empty()).collect();
-        let manifest = Manifest::new(self.base, self.layout, entries);
-        let entry = (KEY.to_owned(), serde_json::to_string(&manifest).unwrap_or_default());
-        (entry, digests.into_iter().flatten().collect())
-    }
-}
-
-/// The block that a layer stands in: its name without the last part.
-fn block_of(layer: &str) -> &str {
-    layer.rsplit_once('.').map_or("", |(block, _)| block)
+/// The block that a layer stands in: its name up to the block's number.
+fn block_of(layer: &Layer, variables: &[u32]) -> String {
+    layer.name.block(variables).map_or_else(String::new, |(head, number)| format!("{head}{number}"))
 }

@@ -1,19 +1,19 @@
 //! The quantized checkpoint behind a native adapter. Only its header and the tensors that matter are touched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use sha2::{Digest, Sha256};
 
 use super::manifest::Manifest;
-use super::pack::{Branch, TILE, vector_position};
+use super::pack::{Branch, TILE};
+use super::vector::vector_position;
 use crate::dtype::Dtype;
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
-use crate::table::pattern::Template;
-use crate::table::{Layer, Native, Registry};
+use crate::table::{Component, Layer, Native, Registry};
 use crate::tensor::Tensor;
 
 /// Bytes of a factor that are hashed at its beginning, its middle and its end.
@@ -93,6 +93,8 @@ pub struct Base {
     smoothed: bool,
     /// Whether it is only what a native file carries of it.
     carried: bool,
+    /// Parameters that are not quantized, if it is the whole model.
+    plain: Option<FxHashSet<String>>,
 }
 
 impl Base {
@@ -112,14 +114,15 @@ impl Base {
         let index: FxHashMap<&str, usize> =
             source.tensors().iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
         let natives = registry.dialects.iter().flat_map(|d| &d.natives);
+        // Models share some names of layers: the one with the most of them it is.
         let best = natives
-            .map(|native| (Reader { registry, native, source, index: &index }.blocks(), native))
-            .max_by_key(|(blocks, _)| blocks.len());
-        let Some((blocks, native)) = best.filter(|(blocks, _)| !blocks.is_empty()) else {
+            .map(|native| (Reader { registry, native, source, index: &index }.found(), native))
+            .max_by_key(|(found, _)| found.len());
+        let Some((found, native)) = best.filter(|(found, _)| !found.is_empty()) else {
             return Err(not_a_base(registry, source));
         };
         let reader = Reader { registry, native, source, index: &index };
-        let layers = reader.layers(&blocks)?;
+        let layers = reader.layers(&found)?;
         if layers.values().all(|l| l.branch.is_none() && l.dtype.is_none()) {
             return Err(not_a_base(registry, source));
         }
@@ -131,6 +134,7 @@ impl Base {
             name: source.path().file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
             smoothed: layers.values().any(|l| matches!(l.smoothing, Smoothing::Fused(_))),
             carried: false,
+            plain: native.whole.then(|| reader.plain()),
             layers,
         })
     }
@@ -150,6 +154,7 @@ impl Base {
             name: manifest.base.name.clone(),
             smoothed: manifest.base.smoothed,
             carried: true,
+            plain: None,
             layers,
         }
     }
@@ -209,6 +214,25 @@ impl Base {
         }
     }
 
+    /// Whether the model has a 16-bit parameter of that name; `None` if the checkpoint is not the whole model.
+    pub(crate) fn has(&self, parameter: &str) -> Option<bool> {
+        self.plain.as_ref().map(|all| all.contains(parameter))
+    }
+
+    /// What the rows of modules outside the layers are divided by, by path: the factor of the layer that they feed.
+    pub(crate) fn fed(&self, native: &Native, component: &Component) -> BTreeMap<String, Arc<[f64]>> {
+        let mut out = BTreeMap::new();
+        for (module, layer) in &native.feeds {
+            for variables in component.instances_of(module) {
+                let fed = self.layer(&native.layers[*layer].name.render(&variables));
+                if let Some(Smoothing::Fused(factor)) = fed.map(|l| &l.smoothing) {
+                    out.insert(module.render(&variables), Arc::clone(factor));
+                }
+            }
+        }
+        out
+    }
+
     /// Names and layers.
     pub fn layers(&self) -> &BTreeMap<String, BaseLayer> {
         &self.layers
@@ -236,12 +260,8 @@ struct Reader<'a> {
     index: &'a FxHashMap<&'a str, usize>,
 }
 
-/// A block of the model: its variable and number.
-type Block = (usize, u32);
-
-fn block_of(template: &Template, variables: &[u32]) -> Option<Block> {
-    template.bounds().into_keys().next().map(|v| (v, variables[v]))
-}
+/// A block of the model: the path before its number, and that.
+type Block = (String, u32);
 
 impl Reader<'_> {
     fn instances(&self, layer: &Layer) -> Vec<Vec<u32>> {
@@ -254,33 +274,47 @@ impl Reader<'_> {
         spelled.iter().find_map(|l| names.iter().find_map(|n| self.index.get(format!("{l}.{n}").as_str()).copied()))
     }
 
-    /// The blocks of which the checkpoint has a quantized layer.
-    fn blocks(&self) -> Vec<Block> {
+    /// The quantized layers of the checkpoint, with their blocks.
+    fn found(&self) -> BTreeMap<String, Option<Block>> {
         let weight = ["qweight".to_owned()];
-        let mut blocks = Vec::new();
+        let mut found = BTreeMap::new();
         for layer in self.native.layers.iter().filter(|l| l.interleave.is_none()) {
             for variables in self.instances(layer) {
                 let has = [&self.native.down[..], &weight].iter().any(|n| self.tensor(layer, &variables, n).is_some());
-                if let (true, Some(block)) = (has, block_of(&layer.name, &variables)) {
-                    blocks.push(block);
+                if has {
+                    found.insert(layer.name.render(&variables), layer.name.block(&variables));
                 }
             }
         }
-        blocks.sort_unstable();
-        blocks.dedup();
-        blocks
+        found
     }
 
-    fn layers(&self, blocks: &[Block]) -> Result<BTreeMap<String, BaseLayer>> {
+    /// The layers: those that were found where the checkpoint is the whole model, else all of their blocks.
+    fn layers(&self, found: &BTreeMap<String, Option<Block>>) -> Result<BTreeMap<String, BaseLayer>> {
+        let blocks: BTreeSet<&Option<Block>> = found.values().collect();
         let mut layers = BTreeMap::new();
         for layer in &self.native.layers {
             for variables in self.instances(layer) {
-                if block_of(&layer.name, &variables).is_some_and(|b| blocks.contains(&b)) {
-                    layers.insert(layer.name.render(&variables), self.layer(layer, &variables)?);
+                let name = layer.name.render(&variables);
+                let held = match self.native.whole {
+                    true => found.contains_key(&name),
+                    false => blocks.contains(&layer.name.block(&variables)),
+                };
+                if held {
+                    layers.insert(name, self.layer(layer, &variables)?);
                 }
             }
         }
         Ok(layers)
+    }
+
+    /// The parameters that are not of quantized layers.
+    fn plain(&self) -> FxHashSet<String> {
+        let quantized = |name: &str| {
+            let module = name.rsplit_once('.').map_or("", |(module, _)| module);
+            self.index.contains_key(format!("{module}.qweight").as_str())
+        };
+        self.index.keys().filter(|name| !quantized(name)).map(|name| (*name).to_owned()).collect()
     }
 
     fn layer(&self, layer: &Layer, variables: &[u32]) -> Result<BaseLayer> {
@@ -291,7 +325,7 @@ impl Reader<'_> {
         let half = |d: &Dtype| matches!(d, Dtype::F16 | Dtype::BF16);
         let of_branch = branch.as_ref().map(|(down, _)| down.packed.dtype());
         let other = || bias.filter(half).or_else(|| one("wscales").map(dtype).filter(half));
-        let smoothing = if layer.attention { self.smoothing(layer, variables)? } else { Smoothing::Plain };
+        let smoothing = if layer.attention.is_some() { self.smoothing(layer, variables)? } else { Smoothing::Plain };
         Ok(BaseLayer { dtype: of_branch.or_else(other), branch, bias, smoothing })
     }
 

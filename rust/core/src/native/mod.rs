@@ -5,10 +5,12 @@
 
 mod assemble;
 mod base;
+mod draft;
 pub mod manifest;
 pub mod pack;
 mod read;
 mod scaling;
+pub mod vector;
 
 pub(crate) use assemble::{Assembled, assemble};
 pub use assemble::{Layout, MAX_TOTAL_RANK, NativeOptions};

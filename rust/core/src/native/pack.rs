@@ -249,15 +249,6 @@ pub fn unpack(packed: &Tensor, side: Side, name: &str) -> Result<Tensor> {
     Ok(Tensor::derived(std::sync::Arc::new(Unpacked { packed: packed.clone(), side })))
 }
 
-/// The position of element `n` of a 16-bit vector (bias, smoothing) in the order of the kernels, by groups of 128
-/// channels (nunchaku: `pack_scale`).
-pub fn vector_position(n: usize) -> usize {
-    let within = n % 128;
-    let (strip, row) = (within / 16, within % 16);
-    let lane = strip * 4 + (row % 8) / 2;
-    n / 128 * 128 + lane * 4 + (row / 8) * 2 + row % 2
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,17 +324,6 @@ mod tests {
         let read: Vec<u16> = bytes.as_chunks::<2>().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
         assert_eq!(read, all[5 * 32..22 * 32]);
         assert_eq!(packed.block(), 16);
-    }
-
-    #[test]
-    fn vectors_start_as_documented() {
-        let mut order = vec![0; 256];
-        (0..256).for_each(|n| order[vector_position(n)] = n);
-        assert_eq!(order[..8], [0, 1, 8, 9, 2, 3, 10, 11]);
-        assert_eq!(order[128], 128);
-        let mut sorted = order.clone();
-        sorted.sort_unstable();
-        assert!(sorted.iter().enumerate().all(|(i, n)| i == *n));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::base::{Base, BaseLayer, Smoothing};
 use super::manifest::{Entry, Manifest};
 use super::pack::{Branch, Side, TILE, unpack};
 use super::scaling::{divide_columns, multiply_rows, multiply_vector};
+use super::vector::unpack_vector;
 use crate::adapter::{Adapter, Address, ModuleKey, Placed};
 use crate::decode::decode;
 use crate::detect::Given;
@@ -225,7 +226,14 @@ impl Branches {
                 }
             }
         }
-        self.vectors(adapter, reading.base, &mut problems);
+        let fed = reading.base.map(|b| b.fed(native, adapter.component(native.component))).unwrap_or_default();
+        for (path, factor) in &fed {
+            let key = ModuleKey { component: native.component, path: path.clone() };
+            if let Some(placed) = adapter.modules.get_mut(&key) {
+                multiply_rows(&mut placed.module, factor);
+            }
+        }
+        self.vectors(adapter, reading.base, &fed, &mut problems);
         if let (Some(number), Some(manifest)) =
             (reading.only, adapter.native.as_mut().and_then(|n| n.manifest.as_mut()))
         {
@@ -236,14 +244,21 @@ impl Branches {
     }
 
     /// Adds the bias differences.
-    fn vectors(&self, adapter: &mut Adapter, base: Option<&Base>, problems: &mut Vec<Error>) {
+    fn vectors(
+        &self,
+        adapter: &mut Adapter,
+        base: Option<&Base>,
+        fed: &BTreeMap<String, Arc<[f64]>>,
+        problems: &mut Vec<Error>,
+    ) {
         let registry = Arc::clone(&adapter.registry);
         let native = &registry.dialects[self.dialect].natives[self.native];
         for found in &self.vectors {
-            let factor = found.layer.as_ref().zip(base);
-            let factor =
-                factor.and_then(|((l, variables), base)| base.folded_into(native, &native.layers[*l], variables));
-            if let Err(problem) = vector(adapter, native.component, found, factor) {
+            let factor = match &found.layer {
+                Some((l, variables)) => base.and_then(|b| b.folded_into(native, &native.layers[*l], variables)),
+                None => fed.get(&found.parts[0].0).map(|factor| &**factor),
+            };
+            if let Err(problem) = vector(adapter, native, found, factor) {
                 problems.push(problem);
             }
         }
@@ -430,7 +445,8 @@ fn add(adapter: &mut Adapter, component: usize, path: &str, module: Module) -> R
 }
 
 /// A bias difference, in the parts that its modules have.
-fn vector(adapter: &mut Adapter, component: usize, found: &Vector, factor: Option<&[f64]>) -> Result<()> {
+fn vector(adapter: &mut Adapter, native: &Native, found: &Vector, factor: Option<&[f64]>) -> Result<()> {
+    let component = native.component;
     let Vector { parts, index, .. } = found;
     let index = *index;
     let source = Arc::clone(&adapter.source);
@@ -441,6 +457,8 @@ fn vector(adapter: &mut Adapter, component: usize, found: &Vector, factor: Optio
         let message = format!("`{key}` has {} elements, its modules {rows} outputs", whole.rows());
         return Err(Error::new(Code::ShapeMismatch, message).key(key));
     }
+    let packed = native.packed_vectors && found.layer.is_some();
+    let whole = if packed { unpack_vector(&whole) } else { whole };
     let info = adapter.native.as_mut().ok_or_else(|| Error::new(Code::InvalidPacking, "not a native adapter"))?;
     let foreign = match (&info.entry, &info.manifest) {
         (Some(entry), Some(manifest)) => {

@@ -58,8 +58,10 @@ fn one(
         if namespaces.is_empty() {
             return Err(invalid(file, format!("component `{}` has no namespaces", part.name)));
         }
+        let entries = |of: &BTreeMap<String, Vec<String>>| of.get(&namespaces[0]).cloned().unwrap_or_default();
         let mut component = Component {
             name: part.name.clone(),
+            lists: numbers.lists.iter().map(|(list, of)| (list.clone(), entries(of))).collect(),
             shared: part.r#use.clone(),
             namespaces: namespaces.clone(),
             rows: Vec::new(),

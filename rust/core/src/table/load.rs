@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Dialect, Family, Registry, family, loaders, lookup, native, place, raw};
+use super::pattern::Template;
+use super::{Component, Dialect, Family, Op, Registry, family, loaders, lookup, native, place, raw};
 use crate::error::{Code, Error, Result};
 use crate::kind::Slot;
 
@@ -119,13 +120,49 @@ fn extend(file: &str, raw: &raw::Dialect, families: &mut [Family]) -> Result<()>
                     row.names.push(None);
                     row.params.push(None);
                 }
+                let own = component.rows.len();
                 for row in &extension.rows {
                     family::extend(file, component, row)?;
+                }
+                absorb(component, own);
+                if extension.rest {
+                    name_rest(component);
                 }
             }
         }
     }
     Ok(())
+}
+
+/// Rows from the number `own` on that only name a module again give their name to the row that it has.
+fn absorb(component: &mut Component, own: usize) {
+    for new in component.rows.split_off(own) {
+        let known = component.rows.iter_mut().filter(|_| new.op == Op::Rename);
+        match known.into_iter().find(|row| row.op == Op::Rename && row.canonical == new.canonical) {
+            Some(row) => {
+                let last = row.names.len() - 1;
+                row.names[last].clone_from(&new.names[last]);
+            }
+            None => component.rows.push(new),
+        }
+    }
+}
+
+/// Gives modules that the last namespace does not name their canonical names there. A row that exchanges halves does so
+/// under every other name, and stays without one.
+fn name_rest(component: &mut Component) {
+    let named = component.rows.iter().filter(|r| r.names.last().is_some_and(Option::is_some));
+    let named: Vec<Template> = named.flat_map(|r| r.canonical.clone()).collect();
+    for row in &mut component.rows {
+        if let ([own], Some(name)) = (row.canonical.as_slice(), row.names.last_mut())
+            && row.op != Op::SwapHalves
+            && !named.contains(own)
+        {
+            *name = Some(own.clone());
+            let last = row.params.len() - 1;
+            row.params[last] = row.params[0].clone();
+        }
+    }
 }
 
 fn dialect(raw: raw::Dialect, families: &[Family], own: &[raw::Family]) -> Result<Dialect> {

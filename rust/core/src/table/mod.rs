@@ -106,6 +106,8 @@ pub struct Component {
     /// Block variables, by number.
     pub variables: Vec<String>,
     blocks: BTreeMap<String, u32>,
+    /// Canonical entries of the lists that rows may name.
+    lists: BTreeMap<String, Vec<String>>,
 }
 
 impl Component {

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::pattern::{Skeleton, Template, Variables, alternatives};
 use super::{Component, raw};
+use crate::native::vector::GROUP;
 
 /// What adapters to a quantized model hold beside plain modules: the low-rank branches of its layers.
 #[derive(Debug, Clone)]
@@ -22,6 +23,17 @@ pub struct Native {
     pub smooth: Vec<String>,
     /// The vector that the weights were multiplied with, where that is another.
     pub smooth_orig: Vec<String>,
+    /// Whether checkpoints hold the whole model, so that what is not in them is not in the model.
+    pub whole: bool,
+    /// Whether bias differences of layers stand under the layers' names in the order of the kernels, to be added to the
+    /// checkpoint's; else under names of modules in their own order.
+    pub packed_vectors: bool,
+    /// Whether a layer has one rank in all blocks.
+    pub even: bool,
+    /// Canonical modules that are quantized without a branch, so that nothing can be added to them.
+    pub closed: Vec<Template>,
+    /// Modules outside the layers that make values of attention, and the layer behind it.
+    pub feeds: Vec<(Template, usize)>,
 }
 
 /// A layer of a quantized model.
@@ -47,8 +59,8 @@ pub struct Layer {
     pub interleave: Option<usize>,
     /// Layers of one block with the same word have one rank.
     pub joint: Option<String>,
-    /// Its input is the output of attention.
-    pub attention: bool,
+    /// Its input is the output of attention; layers of one block with the same word have the same attention.
+    pub attention: Option<String>,
     /// The layer whose input is attention over the values that the last part makes.
     pub values: Option<usize>,
 }
@@ -80,6 +92,9 @@ impl Native {
         let skeleton = Skeleton::of(name)?;
         self.layers.iter().enumerate().find_map(|(i, layer)| {
             let template = of(layer)?;
+            if template.skeleton() != skeleton.text {
+                return None;
+            }
             let variables = template.matches(&skeleton.digits, component.variables.len())?;
             (template.render(&variables) == name).then_some((i, variables))
         })
@@ -87,19 +102,22 @@ impl Native {
 }
 
 pub(super) fn compile(raw: &raw::Native, family: usize, component: usize, table: &Component) -> Result<Native, String> {
+    let rows: Vec<raw::Layer> = raw.layers.iter().flat_map(|row| listed(row, table)).collect();
+    let numbered =
+        |name: &str| rows.iter().position(|l| l.layer == name).ok_or_else(|| format!("no layer is called `{name}`"));
     let mut layers: Vec<Layer> = Vec::new();
-    for row in &raw.layers {
-        layers.push(layer(row, table)?);
+    for row in &rows {
+        let values = row.values.as_deref().map(numbered).transpose()?;
+        layers.push(Layer { values, ..layer(row, table, raw.packed_vectors)? });
     }
-    for (at, row) in raw.layers.iter().enumerate() {
-        let Some(values) = &row.values else { continue };
-        let fed = raw
-            .layers
-            .iter()
-            .position(|l| l.layer == *values)
-            .ok_or_else(|| format!("no layer is called `{values}`"))?;
-        layers[at].values = Some(fed);
+    let mut variables = table.variables.clone();
+    let mut template = |text: &str| Template::parse(text, &table.blocks, &mut variables);
+    let mut feeds = Vec::new();
+    for feed in raw.feeds.iter().flat_map(|feed| listed(feed, table)) {
+        feeds.push((template(&feed.module)?, numbered(&feed.layer)?));
     }
+    let closed = raw.closed.iter().flat_map(|text| alternatives(text));
+    let closed = closed.map(|text| template(&text)).collect::<Result<_, _>>()?;
     let names = [&raw.down, &raw.up, &raw.smooth, &raw.smooth_orig];
     if names.iter().any(|n| n.is_empty()) {
         return Err("a native table names its tensors".to_owned());
@@ -112,10 +130,49 @@ pub(super) fn compile(raw: &raw::Native, family: usize, component: usize, table:
         up: raw.up.clone(),
         smooth: raw.smooth.clone(),
         smooth_orig: raw.smooth_orig.clone(),
+        whole: raw.whole,
+        packed_vectors: raw.packed_vectors,
+        even: raw.even,
+        closed,
+        feeds,
     })
 }
 
-fn layer(raw: &raw::Layer, table: &Component) -> Result<Layer, String> {
+/// What is written once for all entries of a list of the family.
+trait Listed: Clone {
+    /// Its names.
+    fn names(&mut self) -> Vec<&mut String>;
+}
+
+impl Listed for raw::Layer {
+    fn names(&mut self) -> Vec<&mut String> {
+        let others = [&mut self.later, &mut self.vector, &mut self.values].into_iter().flatten();
+        [&mut self.module, &mut self.layer].into_iter().chain(others).collect()
+    }
+}
+
+impl Listed for raw::Feed {
+    fn names(&mut self) -> Vec<&mut String> {
+        vec![&mut self.module, &mut self.layer]
+    }
+}
+
+/// The row for each entry of the lists that it names.
+fn listed<T: Listed>(row: &T, table: &Component) -> Vec<T> {
+    let mut probe = row.clone();
+    let names = probe.names();
+    let used = |word: &String| names.iter().any(|n| n.contains(word));
+    let words = table.lists.iter().map(|(list, entries)| (format!("{{{list}}}"), entries));
+    let Some((word, entries)) = words.into_iter().find(|(word, _)| used(word)) else { return vec![row.clone()] };
+    let one = |entry: &String| {
+        let mut own = row.clone();
+        own.names().into_iter().for_each(|name| *name = name.replace(&word, entry));
+        listed(&own, table)
+    };
+    entries.iter().flat_map(one).collect()
+}
+
+fn layer(raw: &raw::Layer, table: &Component, packed: bool) -> Result<Layer, String> {
     let mut variables = table.variables.clone();
     let mut template = |text: &str| Template::parse(text, &table.blocks, &mut variables);
     let modules: Vec<Template> = alternatives(&raw.module).iter().map(|t| template(t)).collect::<Result<_, _>>()?;
@@ -135,13 +192,16 @@ fn layer(raw: &raw::Layer, table: &Component) -> Result<Layer, String> {
     if raw.interleave.is_some_and(|n| n == 0 || !rows.is_multiple_of(n)) {
         return Err(format!("the rows of `{}` do not interleave so", raw.layer));
     }
-    let own = (modules.len() == 1).then(|| modules[0].clone());
+    if packed && !rows.is_multiple_of(GROUP) {
+        return Err(format!("the {rows} rows of `{}` are no whole groups of {GROUP}", raw.layer));
+    }
+    let name = template(&raw.layer)?;
     let vector = match raw.vector.as_deref() {
-        None => own,
+        None if packed => Some(name.clone()),
+        None => (modules.len() == 1).then(|| modules[0].clone()),
         Some("") => None,
         Some(text) => Some(template(text)?),
     };
-    let name = template(&raw.layer)?;
     Ok(Layer {
         later: raw.later.as_deref().map(&mut template).transpose()?.unwrap_or_else(|| name.clone()),
         name,
@@ -153,7 +213,7 @@ fn layer(raw: &raw::Layer, table: &Component) -> Result<Layer, String> {
         columns,
         interleave: raw.interleave,
         joint: raw.joint.clone(),
-        attention: raw.attention,
+        attention: raw.attention.clone(),
         values: None,
     })
 }

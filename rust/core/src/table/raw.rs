@@ -196,10 +196,29 @@ pub(super) struct Native {
     pub up: Vec<String>,
     pub smooth: Vec<String>,
     pub smooth_orig: Vec<String>,
+    #[serde(default)]
+    pub whole: bool,
+    #[serde(default)]
+    pub packed_vectors: bool,
+    #[serde(default)]
+    pub even: bool,
+    /// Canonical modules that are quantized without a branch.
+    #[serde(default)]
+    pub closed: Vec<String>,
+    #[serde(default)]
+    pub feeds: Vec<Feed>,
     pub layers: Vec<Layer>,
 }
 
-#[derive(Debug, Deserialize)]
+/// A module outside the layers that makes the values of attention, and the layer behind that attention.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Feed {
+    pub module: String,
+    pub layer: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Layer {
     pub module: String,
@@ -209,8 +228,7 @@ pub(super) struct Layer {
     pub columns: Option<[usize; 2]>,
     pub interleave: Option<usize>,
     pub joint: Option<String>,
-    #[serde(default)]
-    pub attention: bool,
+    pub attention: Option<String>,
     pub values: Option<String>,
 }
 
@@ -250,5 +268,8 @@ pub(super) struct Extend {
     pub families: Vec<String>,
     pub component: String,
     pub namespace: String,
+    /// Whether modules that no row here names have their canonical names.
+    #[serde(default)]
+    pub rest: bool,
     pub rows: Vec<Row>,
 }
