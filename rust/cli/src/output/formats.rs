@@ -17,45 +17,57 @@ fn support(dialect: &Dialect, family: usize) -> &'static str {
     }
 }
 
-/// Families down, with the sizes in which they come, and dialects across; then what dialects are also called.
+/// Families down, dialects across; then the sizes in which families come, and what dialects are also called.
 pub(crate) fn matrix(registry: &Registry, view: &View) -> String {
     let names = registry.family_names();
-    let labels: Vec<String> = names.iter().map(|name| label(registry, name)).collect();
-    let name_width = labels.iter().map(|l| l.chars().count()).max().unwrap_or(0).max("family".len());
+    let first = widest(&names, "family");
     let last = registry.dialects.len().saturating_sub(1);
     // Nothing fills the last column.
     let width = |d: usize| if d == last { 0 } else { registry.dialects[d].name.chars().count().max("write".len()) };
-    let mut out = paint(BOLD, format!("{:name_width$}", "family"));
+    let mut out = paint(BOLD, format!("{:first$}", "family"));
     for (d, dialect) in registry.dialects.iter().enumerate() {
         let _ = write!(out, " {}", paint(BOLD, format!("{:1$}", clean(&dialect.name), width(d))));
     }
-    for (name, label) in names.iter().zip(&labels) {
+    for name in &names {
         let Some(family) = registry.families.iter().position(|f| f.name == *name) else { continue };
-        let _ = write!(out, "\n{label:name_width$}");
+        let _ = write!(out, "\n{:first$}", clean(name));
         for (d, dialect) in registry.dialects.iter().enumerate() {
             let text = support(dialect, family);
             let style = if text == "-" { DIM } else { GREEN };
             let _ = write!(out, " {}", paint(style, format!("{text:0$}", width(d))));
         }
     }
-    let name_width = registry.dialects.iter().map(|d| d.name.chars().count()).max().unwrap_or(0).max("dialect".len());
-    let _ = writeln!(out, "\n\n{}  {}", paint(BOLD, format!("{:name_width$}", "dialect")), paint(BOLD, "also called"));
-    for dialect in &registry.dialects {
-        let line = format!("{:name_width$}  {}", dialect.name, dialect.aliases.join(", "));
-        let _ = writeln!(out, "{}", clean(line.trim_end()));
-        if view.verbose {
-            let _ = writeln!(out, "  {}", paint(DIM, clean(&dialect.title)));
-        }
-    }
+    out += "\n";
+    let sizes = names.iter().map(|name| {
+        let all = registry.families.iter().filter(|f| f.name == *name);
+        (*name, all.filter_map(|f| f.variant.as_deref()).collect::<Vec<_>>())
+    });
+    let sizes: Vec<(&str, Vec<&str>)> = sizes.filter(|(_, sizes)| !sizes.is_empty()).collect();
+    list(&mut out, ("family", "sizes"), sizes.iter().map(|(name, sizes)| (*name, sizes.join(", "), "")));
+    let about = |d: &'_ Dialect| (d.aliases.join(", "), if view.verbose { d.title.clone() } else { String::new() });
+    let dialects: Vec<(&str, (String, String))> =
+        registry.dialects.iter().map(|d| (d.name.as_str(), about(d))).collect();
+    let dialects = dialects.iter().map(|(name, (aliases, title))| (*name, aliases.clone(), title.as_str()));
+    list(&mut out, ("dialect", "also called"), dialects);
     out
 }
 
-/// The name of a family with its sizes.
-fn label(registry: &Registry, name: &str) -> String {
-    let all = registry.families.iter().filter(|f| f.name == name);
-    let sizes: Vec<&str> = all.filter_map(|f| f.variant.as_deref()).collect();
-    let text = if sizes.is_empty() { name.to_owned() } else { format!("{name} ({})", sizes.join(", ")) };
-    clean(&text).into_owned()
+fn widest(names: &[&str], head: &str) -> usize {
+    names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(head.len())
+}
+
+/// Names with something about each, and a line below where there is more.
+fn list<'t>(out: &mut String, head: (&str, &str), lines: impl Iterator<Item = (&'t str, String, &'t str)>) {
+    let lines: Vec<_> = lines.collect();
+    let width = widest(&lines.iter().map(|(name, ..)| *name).collect::<Vec<_>>(), head.0);
+    let _ = writeln!(out, "\n{}  {}", paint(BOLD, format!("{:width$}", head.0)), paint(BOLD, head.1));
+    for (name, text, more) in lines {
+        let line = format!("{name:width$}  {text}");
+        let _ = writeln!(out, "{}", clean(line.trim_end()));
+        if !more.is_empty() {
+            let _ = writeln!(out, "  {}", paint(DIM, clean(more)));
+        }
+    }
 }
 
 /// Everything in the tables.

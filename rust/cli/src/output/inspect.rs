@@ -175,9 +175,12 @@ fn loads_in(file: &Inspection, out: &mut String) {
     if !file.problems.is_empty() {
         return row(out, "loads in", "nothing that is known: see the problems");
     }
-    let width = file.loaders.iter().map(|l| l.name.chars().count()).max().unwrap_or(0);
+    // Of what is not known, the names are enough, unless there is a form that is known to load.
+    let silent = |l: &&Loader| l.loads == Loader::UNKNOWN && l.convert_to.is_none();
+    let (unknown, told): (Vec<&Loader>, Vec<&Loader>) = file.loaders.iter().partition(silent);
+    let width = told.iter().map(|l| l.name.chars().count()).max().unwrap_or(0);
     let mut lines = Vec::new();
-    for loader in &file.loaders {
+    for loader in told {
         let style = match loader.loads.as_str() {
             "yes" => GREEN,
             Loader::UNKNOWN => DIM,
@@ -185,6 +188,10 @@ fn loads_in(file: &Inspection, out: &mut String) {
         };
         lines.push(format!("{:width$}  {}", clean(&loader.name), paint(style, clean(&loader.loads))));
         lines.extend(fix(file, loader).map(|command| format!("{:width$}  {} {command}", "", paint(DIM, "fix:"))));
+    }
+    if !unknown.is_empty() {
+        let names: Vec<_> = unknown.iter().map(|l| clean(&l.name)).collect();
+        lines.push(paint(DIM, format!("not known of {}", names.join(", "))));
     }
     list(out, "loads in", &lines, true);
 }

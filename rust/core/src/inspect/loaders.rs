@@ -34,10 +34,10 @@ impl Loader {
     pub const UNKNOWN: &str = "not known";
 }
 
-/// Every program of which something is known for this file, or for a form that it can take.
+/// Every program, by name.
 pub(super) fn all(adapter: &Adapter) -> Vec<Loader> {
     let forms = Forms::of(adapter);
-    let mut out: Vec<Loader> = adapter.registry.programs.iter().filter_map(|p| forms.loader(p)).collect();
+    let mut out: Vec<Loader> = adapter.registry.programs.iter().map(|p| forms.loader(p)).collect();
     out.sort_by(|a, b| a.name.cmp(&b.name));
     out
 }
@@ -61,7 +61,7 @@ impl<'a> Forms<'a> {
         }
     }
 
-    fn loader(&self, program: &Program) -> Option<Loader> {
+    fn loader(&self, program: &Program) -> Loader {
         let (adapter, registry) = (self.adapter, &self.adapter.registry);
         let plain: BTreeSet<&str> = [Kind::Lora.name()].into();
         let own = adapter.detection.dialect.map(|d| self.says(program, d, &self.kinds));
@@ -69,15 +69,13 @@ impl<'a> Forms<'a> {
         let target = held.or_else(|| self.better(program, &plain).filter(|_| adapter.has_plain_form()));
         let (answer, loads) = match own {
             Some(Some(known)) => known,
-            // Where another form is known to load and this one is not, say so.
-            _ if target.is_none() => return None,
-            None => (Answer::No, "no: the keys are of several dialects".to_owned()),
-            Some(None) => (Answer::No, Loader::UNKNOWN.to_owned()),
+            None if target.is_some() => (Answer::No, "no: the keys are of several dialects".to_owned()),
+            _ => (Answer::No, Loader::UNKNOWN.to_owned()),
         };
         let target = target.filter(|_| answer != Answer::Yes);
         let behind = target.is_some_and(|d| registry.dialects[d].native(adapter.family).is_some());
         let expand = target.is_some() && held.is_none();
-        Some(Loader {
+        Loader {
             name: program.name.clone(),
             loads,
             convert_to: target.map(|d| registry.dialects[d].name.clone()),
@@ -85,7 +83,7 @@ impl<'a> Forms<'a> {
             // What goes behind a base is made plain on the way there.
             expand: expand && !behind,
             needs_weights: expand && adapter.modules.values().any(|p| Based::needs_weight(&p.module)),
-        })
+        }
     }
 
     /// Of several kinds the worst answer counts; one that is not known counts for nothing.
