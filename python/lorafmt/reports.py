@@ -57,6 +57,8 @@ class Detection(_Document):
     coverage: float
     families: tuple[str, ...]
     """All families that explain the keys equally well."""
+    variant: str | None = None
+    """Which of the family's sizes, if the model comes in several."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class AdapterInfo(_Document):
     """What makes a conversion impossible, as error objects."""
     weights: Weights | None = None
     """What the weights look like, if that was asked for."""
+    variant: str | None = None
+    """Which of the family's sizes, if the model comes in several."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +208,9 @@ def _warnings(document: dict[str, Any]) -> tuple[Warning, ...]:
 
 def _detection(text: str) -> Detection:
     d = json.loads(text)
-    keep = {name: d[name] for name in ("schema", "path", "dialect", "dialects", "family", "families", "coverage")}
-    return Detection(keep, d["dialect"], d["family"], d["coverage"], tuple(d["families"]))
+    kept = ("schema", "path", "dialect", "dialects", "family", "variant", "families", "coverage")
+    keep = {name: d[name] for name in kept}
+    return Detection(keep, d["dialect"], d["family"], d["coverage"], tuple(d["families"]), d["variant"])
 
 
 def _info(text: str) -> AdapterInfo:
@@ -229,6 +234,7 @@ def _info(text: str) -> AdapterInfo:
         warnings=_warnings(d),
         problems=tuple(d["problems"]),
         weights=_weights(d["weights"]) if "weights" in d else None,
+        variant=d["variant"],
     )
 
 

@@ -1,8 +1,12 @@
 //! What a file is, from its header and its small tensors alone.
 
+mod loaders;
+
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+
+pub use loaders::Loader;
 
 use crate::adapter::Adapter;
 use crate::convert::kind_name;
@@ -12,7 +16,6 @@ use crate::native::NativeInfo;
 use crate::native::manifest::{Entry, Manifest};
 use crate::ops::{Weights, weights};
 use crate::report::{AlphaCount, Warning};
-use crate::table::{Answer, Program, Registry};
 
 /// How a part of the keys is spelled.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]
@@ -21,23 +24,6 @@ pub struct Spelling {
     pub dialect: String,
     /// How many keys.
     pub keys: usize,
-}
-
-/// One program and whether it loads the file as it is.
-#[derive(Debug, Clone, Serialize, PartialEq, Eq)]
-pub struct Loader {
-    /// The program.
-    pub name: String,
-    /// `yes`, or what goes wrong.
-    pub loads: String,
-    /// The dialect to convert to, where another one loads better.
-    pub convert_to: Option<String>,
-    /// Whether that takes the quantized base: to come behind its branches, or to take them off.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub needs_base: bool,
-    /// Whether its modules have to be made plain LoRA on the way (`lorafmt expand`).
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub expand: bool,
 }
 
 /// What a file is.
@@ -57,7 +43,7 @@ pub struct Inspection {
     pub family: String,
     /// Which of its sizes, if the model comes in several.
     pub variant: Option<String>,
-    /// All families that explain the keys equally well.
+    /// The names of all families that explain the keys equally well, each once.
     pub families: Vec<String>,
     /// Share of the keys that are understood.
     pub coverage: f64,
@@ -180,7 +166,7 @@ pub fn inspect(adapter: &Adapter, problems: &[Error]) -> Inspection {
             .collect(),
         family: adapter.family_table().name.clone(),
         variant: adapter.family_table().variant.clone(),
-        families: detection.candidates.iter().map(|&f| registry.families[f].name.clone()).collect(),
+        families: detection.candidate_names(registry),
         coverage: detection.coverage(),
         kind: kind_name(adapter).to_owned(),
         tensors: source.tensors().len(),
@@ -221,7 +207,7 @@ pub fn inspect(adapter: &Adapter, problems: &[Error]) -> Inspection {
     if let (1, Some(rank)) = (out.ranks.len(), out.ranks.keys().next()) {
         out.rank = Some(*rank);
     }
-    out.loaders = loaders(registry, adapter);
+    out.loaders = loaders::all(adapter);
     out
 }
 
@@ -233,49 +219,4 @@ impl Inspection {
         self.weights = Some(weights);
         Ok(self)
     }
-}
-
-/// What programs make of the file as it is, and where another dialect, or plain LoRA, would help.
-fn loaders(registry: &Registry, adapter: &Adapter) -> Vec<Loader> {
-    let family = adapter.family_table().name.as_str();
-    let mut kinds: Vec<&str> = adapter.modules.values().map(|p| p.module.kind_name()).collect();
-    kinds.sort_unstable();
-    kinds.dedup();
-    // Of several kinds the worst answer counts; one that is not known counts for nothing.
-    let says = |program: &'_ Program, dialect: usize, kinds: &[&str]| -> Option<(Answer, String)> {
-        let name = &registry.dialects[dialect].name;
-        let rules = kinds.iter().filter_map(|kind| program.rule(name, family, kind));
-        rules.min_by_key(|rule| rule.answer).map(|rule| (rule.answer, rule.text()))
-    };
-    let taken_off = adapter.native.as_ref().is_some_and(|n| n.needs_base);
-    let behind = |d: usize| registry.dialects[d].native(adapter.family).is_some();
-    let better = |program: &Program, kinds: &[&str]| {
-        (0..registry.dialects.len()).find(|&d| {
-            registry.dialects[d].writes(adapter.family)
-                && says(program, d, kinds).is_some_and(|(answer, _)| answer == Answer::Yes)
-        })
-    };
-    let answer = |program: &Program| {
-        let own = adapter.detection.dialect.map(|d| says(program, d, &kinds));
-        let held = better(program, &kinds);
-        let plain = better(program, &["lora"]).filter(|_| held.is_none() && adapter.has_plain_form());
-        let (answer, loads) = match own {
-            Some(Some(known)) => known,
-            // Where another form is known to load and this one is not, say so.
-            _ if held.or(plain).is_none() => return None,
-            None => (Answer::No, "no: the keys are of several dialects".to_owned()),
-            Some(None) => (Answer::No, "not known".to_owned()),
-        };
-        let target = held.or(plain).filter(|_| answer != Answer::Yes);
-        Some(Loader {
-            name: program.name.clone(),
-            loads,
-            convert_to: target.map(|d| registry.dialects[d].name.clone()),
-            needs_base: target.is_some_and(|d| taken_off || behind(d)),
-            expand: target.is_some() && held.is_none(),
-        })
-    };
-    let mut out: Vec<Loader> = registry.programs().iter().filter_map(answer).collect();
-    out.sort_by(|a, b| a.name.cmp(&b.name));
-    out
 }

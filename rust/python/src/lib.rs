@@ -265,12 +265,14 @@ fn diff(py: Python<'_>, a: &Adapter, b: &Adapter, tolerance: f64, by_module: boo
     })
 }
 
-/// Names of dialects (with whether each is written) and of families.
+/// Names of dialects (with whether each is written) and of families, then those of single sizes.
 #[pyfunction]
 fn formats() -> (Vec<(String, bool)>, Vec<String>) {
     let registry = registry();
     let dialects = registry.dialects.iter().map(|d| (d.name.clone(), d.write)).collect();
-    (dialects, registry.families.iter().map(|f| f.name.clone()).collect())
+    let mut families: Vec<String> = registry.family_names().into_iter().map(str::to_owned).collect();
+    families.extend(registry.families.iter().filter(|f| f.variant.is_some()).map(|f| f.label()));
+    (dialects, families)
 }
 
 /// Names of the components of all families.

@@ -5,6 +5,7 @@
 mod docs;
 mod markdown;
 mod stubs;
+mod tables;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

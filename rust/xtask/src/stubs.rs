@@ -24,10 +24,18 @@ fn names() -> String {
     let registry = Registry::builtin();
     let dialects: Vec<&str> =
         registry.dialects.iter().flat_map(|d| std::iter::once(&d.name).chain(&d.aliases)).map(String::as_str).collect();
-    let families: Vec<&str> = registry.families.iter().map(|f| f.name.as_str()).collect();
+    // A family by name, and each of its sizes where it has several.
+    let mut families: Vec<String> = registry.family_names().into_iter().map(str::to_owned).collect();
+    families.extend(registry.families.iter().filter(|f| f.variant.is_some()).map(|f| f.label()));
+    let families = families.iter().map(String::as_str).collect();
     let blocks = [
         ("Dialect", "A dialect by name or alias. A registered table adds others, hence `str`.", dialects, true),
-        ("Family", "A base model's architecture. A registered table adds others, hence `str`.", families, true),
+        (
+            "Family",
+            "A base model's architecture, in any of its sizes or in one (`NAME-SIZE`). A registered table adds others, hence `str`.",
+            families,
+            true,
+        ),
         ("Dtype", "The element type of factors.", vec!["keep", "bf16", "fp16", "fp32"], false),
         ("Unknown", "What to do with keys that no table knows.", vec!["error", "drop", "keep"], false),
         ("Lossy", "What to do with parts that the target cannot hold.", vec!["error", "allow"], false),

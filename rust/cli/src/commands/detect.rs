@@ -20,13 +20,15 @@ pub(super) fn run(args: &DetectArgs, context: &mut Context) -> Result<ExitStatus
 }
 
 fn describe(registry: &Registry, detection: &Detection, path: String) -> Detected {
+    let family = &registry.families[detection.family];
     let dialect = |&(d, keys): &(usize, usize)| (registry.dialects[d].name.clone(), keys);
     Detected {
         path,
         dialect: detection.dialect_name(registry).to_owned(),
         dialects: detection.dialects.iter().map(dialect).collect(),
-        family: registry.families[detection.family].name.clone(),
-        families: detection.candidates.iter().map(|&f| registry.families[f].name.clone()).collect(),
+        family: family.name.clone(),
+        variant: family.variant.clone(),
+        families: detection.candidate_names(registry),
         coverage: detection.coverage(),
         tensors: detection.total,
         warnings: family_warning(registry, detection).into_iter().collect(),

@@ -13,6 +13,8 @@ pub(crate) struct Detected {
     /// The dialects of the keys, with the number of keys.
     pub(crate) dialects: Vec<(String, usize)>,
     pub(crate) family: String,
+    /// Which of its sizes, if the model comes in several.
+    pub(crate) variant: Option<String>,
     pub(crate) families: Vec<String>,
     pub(crate) coverage: f64,
     pub(crate) tensors: usize,
@@ -28,6 +30,7 @@ impl Answer for Detected {
             "dialect": self.dialect,
             "dialects": self.dialects.iter().map(spelling).collect::<Vec<_>>(),
             "family": self.family,
+            "variant": self.variant,
             "families": self.families,
             "coverage": self.coverage,
             "tensors": self.tensors,

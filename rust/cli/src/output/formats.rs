@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use lorafmt_core::table::{AlphaPolicy, Component, Dialect, Family, Registry, Row};
+use lorafmt_core::table::{AlphaPolicy, Component, Dialect, Family, Program, Registry, Row, Rule};
 use serde_json::{Map, Value, json};
 
 use super::View;
@@ -17,29 +17,57 @@ fn support(dialect: &Dialect, family: usize) -> &'static str {
     }
 }
 
-/// Dialects down, families across.
+/// Families down, dialects across; then the sizes in which families come, and what dialects are also called.
 pub(crate) fn matrix(registry: &Registry, view: &View) -> String {
-    let name_width = registry.dialects.iter().map(|d| d.name.chars().count()).max().unwrap_or(0).max("dialect".len());
-    let family_width = |f: &Family| f.name.chars().count().max("write".len());
-    let mut out = paint(BOLD, format!("{:name_width$}", "dialect"));
-    for family in &registry.families {
-        let _ = write!(out, "  {}", paint(BOLD, format!("{:1$}", clean(&family.name), family_width(family))));
+    let names = registry.family_names();
+    let first = widest(&names, "family");
+    let last = registry.dialects.len().saturating_sub(1);
+    // Nothing fills the last column.
+    let width = |d: usize| if d == last { 0 } else { registry.dialects[d].name.chars().count().max("write".len()) };
+    let mut out = paint(BOLD, format!("{:first$}", "family"));
+    for (d, dialect) in registry.dialects.iter().enumerate() {
+        let _ = write!(out, " {}", paint(BOLD, format!("{:1$}", clean(&dialect.name), width(d))));
     }
-    let _ = writeln!(out, "  {}", paint(BOLD, "also called"));
-    for dialect in &registry.dialects {
-        let _ = write!(out, "{:name_width$}", clean(&dialect.name));
-        for (f, family) in registry.families.iter().enumerate() {
-            let text = support(dialect, f);
+    for name in &names {
+        let Some(family) = registry.families.iter().position(|f| f.name == *name) else { continue };
+        let _ = write!(out, "\n{:first$}", clean(name));
+        for (d, dialect) in registry.dialects.iter().enumerate() {
+            let text = support(dialect, family);
             let style = if text == "-" { DIM } else { GREEN };
-            let _ = write!(out, "  {}", paint(style, format!("{text:0$}", family_width(family))));
-        }
-        let line = format!("  {}", dialect.aliases.join(", "));
-        let _ = writeln!(out, "{}", clean(line.trim_end()));
-        if view.verbose {
-            let _ = writeln!(out, "  {}", paint(DIM, clean(&dialect.title)));
+            let _ = write!(out, " {}", paint(style, format!("{text:0$}", width(d))));
         }
     }
+    out += "\n";
+    let sizes = names.iter().map(|name| {
+        let all = registry.families.iter().filter(|f| f.name == *name);
+        (*name, all.filter_map(|f| f.variant.as_deref()).collect::<Vec<_>>())
+    });
+    let sizes: Vec<(&str, Vec<&str>)> = sizes.filter(|(_, sizes)| !sizes.is_empty()).collect();
+    list(&mut out, ("family", "sizes"), sizes.iter().map(|(name, sizes)| (*name, sizes.join(", "), "")));
+    let about = |d: &'_ Dialect| (d.aliases.join(", "), if view.verbose { d.title.clone() } else { String::new() });
+    let dialects: Vec<(&str, (String, String))> =
+        registry.dialects.iter().map(|d| (d.name.as_str(), about(d))).collect();
+    let dialects = dialects.iter().map(|(name, (aliases, title))| (*name, aliases.clone(), title.as_str()));
+    list(&mut out, ("dialect", "also called"), dialects);
     out
+}
+
+fn widest(names: &[&str], head: &str) -> usize {
+    names.iter().map(|name| name.chars().count()).max().unwrap_or(0).max(head.len())
+}
+
+/// Names with something about each, and a line below where there is more.
+fn list<'t>(out: &mut String, head: (&str, &str), lines: impl Iterator<Item = (&'t str, String, &'t str)>) {
+    let lines: Vec<_> = lines.collect();
+    let width = widest(&lines.iter().map(|(name, ..)| *name).collect::<Vec<_>>(), head.0);
+    let _ = writeln!(out, "\n{}  {}", paint(BOLD, format!("{:width$}", head.0)), paint(BOLD, head.1));
+    for (name, text, more) in lines {
+        let line = format!("{name:width$}  {text}");
+        let _ = writeln!(out, "{}", clean(line.trim_end()));
+        if !more.is_empty() {
+            let _ = writeln!(out, "  {}", paint(DIM, clean(more)));
+        }
+    }
 }
 
 /// Everything in the tables.
@@ -48,6 +76,7 @@ pub(crate) fn machine(registry: &Registry) -> Value {
         "schema": 1,
         "dialects": registry.dialects.iter().map(|d| dialect(registry, d)).collect::<Vec<_>>(),
         "families": registry.families.iter().map(family).collect::<Vec<_>>(),
+        "programs": registry.programs().iter().map(program).collect::<Vec<_>>(),
     })
 }
 
@@ -92,6 +121,24 @@ fn dialect(registry: &Registry, dialect: &Dialect) -> Value {
     })
 }
 
+fn program(program: &Program) -> Value {
+    let rule = |r: &Rule| {
+        json!({
+            "dialects": r.dialects,
+            "families": r.families,
+            "kinds": r.kinds,
+            "answer": r.answer.name(),
+            "note": r.note,
+            "source": r.source,
+        })
+    };
+    json!({
+        "name": program.name,
+        "version": program.version,
+        "rules": program.rules.iter().map(rule).collect::<Vec<_>>(),
+    })
+}
+
 fn family(family: &Family) -> Value {
     let component = |c: &Component| {
         json!({
@@ -104,6 +151,7 @@ fn family(family: &Family) -> Value {
         "name": family.name,
         "variant": family.variant,
         "title": family.title,
+        "order": family.order,
         "hints": family.hints,
         "components": family.components.iter().map(component).collect::<Vec<_>>(),
     })

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 
-use lorafmt_core::inspect::{Inspection, Native};
+use lorafmt_core::inspect::{Inspection, Loader, Native};
 use lorafmt_core::report::Warning;
 use lorafmt_core::strength::Strength;
 use serde_json::Value;
@@ -92,10 +92,11 @@ fn identity(file: &Inspection) -> String {
             format!("{}: {}", file.dialect, parts.join(", "))
         }
     };
-    let others: Vec<&str> = file.families.iter().filter(|f| **f != file.family).map(String::as_str).collect();
+    let others: Vec<&str> = file.families.iter().map(String::as_str).filter(|f| *f != file.family).collect();
     let or = if others.is_empty() { String::new() } else { format!(" (or {})", others.join(", ")) };
     let coverage = percent(file.coverage);
-    let (dim, family, kind) = (|text| paint(DIM, text), paint(BOLD, &file.family), &file.kind);
+    let family = file.variant.as_ref().map_or(file.family.clone(), |size| format!("{} {size}", file.family));
+    let (dim, family, kind) = (|text| paint(DIM, text), paint(BOLD, family), &file.kind);
     let keys = plural(file.tensors, "key", "keys");
     let spelled = paint(BOLD, spelled);
     format!("{spelled} ({coverage} of {keys})   {} {family}{or}   {} {kind}", dim("family"), dim("kind"))
@@ -174,19 +175,38 @@ fn loads_in(file: &Inspection, out: &mut String) {
     if !file.problems.is_empty() {
         return row(out, "loads in", "nothing that is known: see the problems");
     }
-    let option = if file.unknown.is_empty() { "" } else { " --unknown drop" };
-    let width = file.loaders.iter().map(|l| l.name.chars().count()).max().unwrap_or(0);
+    // Of what is not known, the names are enough, unless there is a form that is known to load.
+    let silent = |l: &&Loader| l.loads == Loader::UNKNOWN && l.convert_to.is_none();
+    let (unknown, told): (Vec<&Loader>, Vec<&Loader>) = file.loaders.iter().partition(silent);
+    let width = told.iter().map(|l| l.name.chars().count()).max().unwrap_or(0);
     let mut lines = Vec::new();
-    for loader in &file.loaders {
-        let style = if loader.loads == "yes" { GREEN } else { YELLOW };
+    for loader in told {
+        let style = match loader.loads.as_str() {
+            "yes" => GREEN,
+            Loader::UNKNOWN => DIM,
+            _ => YELLOW,
+        };
         lines.push(format!("{:width$}  {}", clean(&loader.name), paint(style, clean(&loader.loads))));
-        if let Some(dialect) = &loader.convert_to {
-            let base = if loader.needs_base { " --base BASE" } else { "" };
-            let command = format!("lorafmt convert {} --to {dialect}{base}{option}", quoted(&clean(&file.path)));
-            lines.push(format!("{:width$}  {} {command}", "", paint(DIM, "fix:")));
-        }
+        lines.extend(fix(file, loader).map(|command| format!("{:width$}  {} {command}", "", paint(DIM, "fix:"))));
+    }
+    if !unknown.is_empty() {
+        let names: Vec<_> = unknown.iter().map(|l| clean(&l.name)).collect();
+        lines.push(paint(DIM, format!("not known of {}", names.join(", "))));
     }
     list(out, "loads in", &lines, true);
+}
+
+/// The command that makes a file which the program loads.
+fn fix(file: &Inspection, loader: &Loader) -> Option<String> {
+    let dialect = loader.convert_to.as_ref()?;
+    let command = if loader.expand { "expand" } else { "convert" };
+    let options = [
+        (loader.needs_base, " --base BASE"),
+        (loader.needs_weights, " --base-weights MODEL"),
+        (!file.unknown.is_empty(), " --unknown drop"),
+    ];
+    let options: String = options.into_iter().filter_map(|(wanted, option)| wanted.then_some(option)).collect();
+    Some(format!("lorafmt {command} {} --to {dialect}{options}", quoted(&clean(&file.path))))
 }
 
 fn metadata(file: &Inspection, out: &mut String, view: &View) {

@@ -126,10 +126,8 @@ fn options_reach_the_engine() {
     let wrong =
         place.run(&["convert", "x.safetensors", "--to", "diffusers", "--family", "chroma", "--force", "--json"]);
     assert_eq!((wrong.code, wrong.error_code().as_str()), (2, "unknown-family"));
-    assert_eq!(
-        place.run(&["convert", "x.safetensors", "--to", "lycoris", "--json"]).error_code(),
-        "unsupported-target"
-    );
+    place.ok(&["sample", "--family", "chroma", "--dialect", "kohya", "--rank", "1", "-o", "c.safetensors"]);
+    assert_eq!(place.run(&["convert", "c.safetensors", "--to", "xlabs", "--json"]).error_code(), "unsupported-target");
     place.ok(&["convert", "x.safetensors", "--to", "bfl", "-n", "--lossy", "error", "--jobs", "1"]);
     let threads = |n: &str| ran(place.command(&["check", "x.safetensors"]).env("LORAFMT_NUM_THREADS", n)).code;
     assert_eq!((threads("1"), threads("0"), threads("many")), (0, 2, 2));

@@ -38,11 +38,25 @@ fn the_fixes_that_inspect_shows_work() {
     let mut tensors = factors(MODULE, &[]);
     tensors.push(("something else".to_owned(), vec![1], 1.0));
     place.write("it's x.safetensors", &file(&[], &borrowed(&tensors)));
-    let text = place.ok(&["inspect", "it's x.safetensors"]).out;
-    let fixes: Vec<&str> = text.lines().filter_map(|l| l.trim().strip_prefix("fix: lorafmt ")).collect();
+    let shown = fixes(&place, "it's x.safetensors");
+    assert!(shown.iter().all(|fix| fix.starts_with("convert ")), "{shown:?}");
+    // Where only plain LoRA is loaded, it is made on the way.
+    let key = |slot: &str| format!("{MODULE}.{slot}");
+    let lokr = [(key("lokr_w1"), vec![64, 64], 0.25), (key("lokr_w2"), vec![288, 48], 0.5)];
+    place.write("lokr.safetensors", &file(&[], &borrowed(&lokr)));
+    let shown = fixes(&place, "lokr.safetensors");
+    assert!(shown.iter().any(|fix| fix == "expand lokr.safetensors --to diffusers"), "{shown:?}");
+}
+
+/// Runs every command that `inspect` shows for a file, and gives them.
+#[cfg(unix)]
+fn fixes(place: &Place, name: &str) -> Vec<String> {
+    let text = place.ok(&["inspect", name]).out;
+    let fixes: Vec<String> =
+        text.lines().filter_map(|l| l.trim().strip_prefix("fix: lorafmt ")).map(str::to_owned).collect();
     assert!(!fixes.is_empty(), "{text}");
-    Checkpoint::default().write(&place, "base.safetensors");
-    for fix in fixes {
+    Checkpoint::default().write(place, "base.safetensors");
+    for fix in &fixes {
         let fix = fix.replace("BASE", "base.safetensors");
         let shell = format!("\"$LORAFMT\" {fix} --force");
         let mut command = assert_cmd::Command::new("sh");
@@ -50,6 +64,23 @@ fn the_fixes_that_inspect_shows_work() {
         let done = ran(&mut command);
         assert_eq!(done.code, 0, "{fix}: {done:?}");
     }
+    fixes
+}
+
+#[test]
+fn what_needs_the_model_says_so() {
+    let place = Place::new();
+    let key = |slot: &str| format!("lora_unet_double_blocks_0_img_mod_lin.{slot}");
+    let mut dora = factors(MODULE, &[]);
+    dora.push((key("dora_scale"), vec![1, 3072], 1.0));
+    place.write("dora.safetensors", &file(&[], &borrowed(&dora)));
+    let seen = place.ok(&["inspect", "dora.safetensors", "--json"]).json();
+    let loader = |name: &str| seen["loaders"].as_array().unwrap().iter().find(|l| l["name"] == name).unwrap().clone();
+    let vllm = loader("vLLM-Omni");
+    assert_eq!((&vllm["expand"], &vllm["needs_weights"]), (&true.into(), &true.into()), "{vllm}");
+    let text = place.ok(&["inspect", "dora.safetensors"]).out;
+    assert!(text.contains(" --base-weights MODEL"), "{text}");
+    assert!(loader("ComfyUI").get("expand").is_none());
 }
 
 #[test]

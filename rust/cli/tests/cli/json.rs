@@ -131,10 +131,34 @@ fn formats_hold_the_tables() {
     assert_eq!((&kohya["families"]["flux1"], &kohya["alpha"]), (&"both".into(), &"tensor".into()));
     assert!(kohya["aliases"].as_array().unwrap().contains(&"civitai".into()));
     assert_eq!(kohya["spelling"]["down"], ".lora_down.weight");
-    assert_eq!(dialect("lycoris")["families"]["flux1"], "read");
+    assert_eq!(dialect("bfl")["families"]["wan"], "read");
     let rows = &formats["families"][0]["components"][0]["rows"];
     assert_eq!(rows[0]["op"], "fuse");
     assert_eq!(rows[0]["names"]["original"], "double_blocks.{double}.img_attn.qkv");
+    // A family in several sizes is several entries, told apart by `variant`.
+    let families = formats["families"].as_array().unwrap();
+    let sizes: Vec<&str> =
+        families.iter().filter(|f| f["name"] == "wan").map(|f| f["variant"].as_str().unwrap()).collect();
+    assert_eq!(sizes, ["14b", "5b", "1.3b"]);
+    assert!(families[0]["variant"].is_null());
+    let programs = formats["programs"].as_array().unwrap();
+    let rules = programs.iter().find(|p| p["name"] == "sd-scripts").unwrap()["rules"].as_array().unwrap();
+    let told = |field: &str| rules.iter().all(|r| r[field].as_str().is_some_and(|text| !text.is_empty()));
+    assert!(told("answer") && told("source"), "{rules:?}");
+}
+
+#[test]
+fn the_size_of_a_family_is_a_field_of_its_own() {
+    let place = Place::new();
+    let key = |suffix: &str| format!("diffusion_model.blocks.0.self_attn.q.{suffix}");
+    let tensors = [(key("lora_down.weight"), vec![1, 1536], 0.25), (key("lora_up.weight"), vec![1536, 1], 0.5)];
+    place.write("w.safetensors", &file(&[], &borrowed(&tensors)));
+    for command in ["detect", "inspect"] {
+        let seen = place.ok(&[command, "w.safetensors", "--json"]).json();
+        assert_eq!((&seen["family"], &seen["variant"]), (&"wan".into(), &"1.3b".into()), "{command}");
+    }
+    assert_eq!(place.ok(&["detect", "w.safetensors"]).out, "w.safetensors\tcomfyui\twan\t100%\n");
+    assert!(place.ok(&["inspect", "w.safetensors"]).out.contains("family wan 1.3b"));
 }
 
 #[test]

@@ -38,6 +38,18 @@ impl Detection {
         if self.total == 0 { 0.0 } else { self.known as f64 / self.total as f64 }
     }
 
+    /// The names of all families that explain the keys equally well, each once, whatever their sizes.
+    pub fn candidate_names(&self, registry: &Registry) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        for &family in &self.candidates {
+            let name = &registry.families[family].name;
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        names
+    }
+
     /// The name of the dialect, `mixed` if there are several.
     pub fn dialect_name<'r>(&self, registry: &'r Registry) -> &'r str {
         self.dialect.map_or("mixed", |d| registry.dialects[d].name.as_str())

@@ -18,6 +18,17 @@ pub enum Answer {
     Yes,
 }
 
+impl Answer {
+    /// The name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Answer::No => "no",
+            Answer::Part => "part",
+            Answer::Yes => "yes",
+        }
+    }
+}
+
 /// A program that loads adapters.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,23 +1,28 @@
 //! One page for a dialect, with real keys.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use lorafmt_core::kind::Slot;
 use lorafmt_core::table::{Component, Dialect, Op, Place, Registry, Row};
 
-use super::formats::{ability, scale};
+use super::formats::scale;
 use super::names;
+use super::places::{self, Group, groups};
 use crate::markdown::{GENERATED, code, codes, lines, table};
+
+/// Families of which keys are shown, for each prefix.
+const FAMILIES: usize = 2;
 
 pub(super) fn page(registry: &Registry, index: usize) -> String {
     let dialect = &registry.dialects[index];
     let mut out = format!("{GENERATED}# `{}`\n\n{}.\n\n", dialect.name, dialect.title);
-    let abilities = registry.families.iter().enumerate();
-    let abilities: Vec<String> = abilities
-        .filter(|(f, _)| dialect.reads(*f))
-        .map(|(f, family)| format!("[{}](../families/{}.md): {}", family.title, family.name, ability(dialect, f)))
-        .collect();
-    out += &format!("- Support: {}\n", abilities.join("; "));
+    let with = |wanted: &dyn Fn(usize) -> bool| {
+        let all = places::families(registry).into_iter().filter(|&f| wanted(f));
+        let all: Vec<String> = all.map(|f| format!("[`{0}`](../families/{0}.md)", registry.families[f].name)).collect();
+        if all.is_empty() { "(nothing)".to_owned() } else { all.join(", ") }
+    };
+    out += &format!("- Read and written: {}\n", with(&|f| dialect.writes(f)));
+    out += &format!("- Only read: {}\n", with(&|f| dialect.reads(f) && !dialect.writes(f)));
     out += &format!("- Also called: {}\n", codes(&dialect.aliases));
     out += &format!("- Scale: {}\n", scale(dialect.alpha));
     if dialect.uniform {
@@ -32,14 +37,12 @@ pub(super) fn page(registry: &Registry, index: usize) -> String {
             codes(&dialect.reserved)
         );
     }
+    out += "- Who loads it: [the table of programs](../loaders.md), and the page of each family\n";
     out += &format!("\n## Suffixes\n\n{}", suffixes(dialect));
-    if !dialect.loaders.is_empty() {
-        out += &format!("\n## Who loads it\n\n{}", loaders(dialect));
-    }
-    out += "\n## Keys\n\nThe last column is the same module (of a fused one, its first part) under\n\
-            another of its names; lorafmt reads every name behind every prefix.\n";
-    for place in &dialect.places {
-        out += &examples(registry, dialect, place);
+    out += "\n## Keys\n\nReal keys of a few families for each prefix. The last column is the same module (of a fused one, its first part)\n\
+            under another of its names; lorafmt reads every name behind every prefix.\n";
+    for group in groups(registry, dialect) {
+        out += &examples(registry, &group);
     }
     out
 }
@@ -49,34 +52,35 @@ fn suffixes(dialect: &Dialect) -> String {
     table(&["slot", "suffix"], &dialect.spelling.iter().map(row).collect::<Vec<_>>())
 }
 
-fn loaders(dialect: &Dialect) -> String {
+fn examples(registry: &Registry, group: &Group<'_>) -> String {
+    let place = group.first();
+    let mut out = format!("\n### {}, names `{}`\n\n", code(&place.prefix), group.namespace);
+    out += &format!("For {}", codes(group.components(registry)));
+    out += &format!(" of {}.", codes(group.families(registry)));
+    if !place.also.is_empty() {
+        out += &format!(" Also read behind {}.", codes(&place.also));
+    }
+    let note = places::note(group.dialect, place);
+    if !note.is_empty() {
+        out += &format!(" {}.", capitalised(note));
+    }
     let mut rows = Vec::new();
-    for (family, programs) in &dialect.loaders {
-        for (program, says) in programs {
-            rows.push(vec![code(family), program.clone(), says.clone()]);
+    let mut shown: Vec<&str> = Vec::new();
+    for place in &group.places {
+        let family = &registry.families[place.family];
+        if shown.len() == FAMILIES || shown.contains(&family.name.as_str()) {
+            continue;
+        }
+        shown.push(&family.name);
+        let component = &family.components[place.component];
+        for row in chosen(component, place) {
+            rows.extend(example(group.dialect, component, place, row).map(|mut cells| {
+                cells.insert(0, code(&family.name));
+                cells
+            }));
         }
     }
-    table(&["family", "program", "loads it"], &rows)
-}
-
-fn examples(registry: &Registry, dialect: &Dialect, place: &Place) -> String {
-    let family = &registry.families[place.family];
-    let component = &family.components[place.component];
-    let mut out = format!("\n### {}, {}\n\n", family.title, component.name);
-    let mut facts = vec![format!("prefix {}", code(&place.prefix))];
-    if !place.also.is_empty() {
-        facts.push(format!("also read behind {}", codes(&place.also)));
-    }
-    facts.push(format!("names {}", code(&component.namespaces[place.namespace])));
-    if !(place.write && dialect.write) {
-        facts.push("read only".to_owned());
-    } else if place.carried {
-        facts.push("carried: loaders of the dialect ignore the component".to_owned());
-    }
-    out += &format!("{}.\n\n", capitalised(&facts.join("; ")));
-    let rows: Vec<Vec<String>> =
-        chosen(component, place).into_iter().filter_map(|row| example(dialect, component, place, row)).collect();
-    out + &table(&["operation", "key", "another name"], &rows)
+    out + "\n\n" + &table(&["family", "operation", "key", "another name"], &rows)
 }
 
 fn capitalised(text: &str) -> String {
@@ -84,18 +88,11 @@ fn capitalised(text: &str) -> String {
     head.to_uppercase() + tail
 }
 
-/// At most two rows of each operation that have a name here, one within blocks and one outside if there are both.
+/// One row of each operation that has a name here, within blocks and outside if there are both.
 fn chosen<'a>(component: &'a Component, place: &Place) -> Vec<&'a Row> {
-    let mut seen: BTreeMap<(&str, bool), usize> = BTreeMap::new();
+    let mut seen: BTreeSet<(&str, bool)> = BTreeSet::new();
     let named = component.rows.iter().filter(|row| !names(row, place.namespace).is_empty());
-    named
-        .filter(|row| {
-            let inside = !row.canonical[0].bounds().is_empty();
-            let count = seen.entry((row.op.name(), inside)).or_default();
-            *count += 1;
-            *count <= 2
-        })
-        .collect()
+    named.filter(|row| seen.insert((row.op.name(), !row.canonical[0].bounds().is_empty()))).collect()
 }
 
 fn example(dialect: &Dialect, component: &Component, place: &Place, row: &Row) -> Option<Vec<String>> {

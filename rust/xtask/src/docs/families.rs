@@ -1,82 +1,128 @@
-//! One page for a family: its modules under every name, with shapes.
+//! One page for a family, in all its sizes: its modules under every name, with shapes, and what becomes of it where.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use lorafmt_core::table::{Component, Op, Registry, Row};
+use lorafmt_core::table::{Dialect, Family, Op, Registry};
 
-use super::{names, symbolic};
-use crate::markdown::{GENERATED, code, codes, lines, table};
+use super::places::{self, note};
+use super::{components, loaders};
+use crate::markdown::{GENERATED, code, codes, table};
+use crate::tables::Tables;
 
-pub(super) fn page(registry: &Registry, index: usize) -> String {
-    let family = &registry.families[index];
-    let mut out = format!("{GENERATED}# {} (`{}`)\n\n", family.title, family.name);
-    let with = |wanted: fn(&lorafmt_core::table::Dialect, usize) -> bool| {
-        let dialects = registry.dialects.iter().filter(|d| wanted(d, index));
+pub(super) fn page(registry: &Registry, tables: &Tables, name: &str) -> String {
+    let sizes: Vec<usize> = (0..registry.families.len()).filter(|&f| registry.families[f].name == name).collect();
+    let family = &registry.families[sizes[0]];
+    let mut out = format!("{GENERATED}# {} (`{name}`)\n\n{}\n\n", family.title, tables.family(name).about);
+    let with = |wanted: fn(&Dialect, usize) -> bool| {
+        let dialects = registry.dialects.iter().filter(|d| wanted(d, sizes[0]));
         dialects.map(|d| format!("[`{0}`](../dialects/{0}.md)", d.name)).collect::<Vec<_>>().join(", ")
     };
     out += &format!("- Read from: {}\n", with(|d, f| d.reads(f)));
     out += &format!("- Written as: {}\n", with(|d, f| d.writes(f)));
-    out += &format!("- Metadata that speaks for it where the keys fit several families: {}\n", codes(&family.hints));
-    let parts: Vec<String> = family.components.iter().map(|c| code(&c.name)).collect();
-    out += &format!("- Components: {}\n\n", parts.join(", "));
-    out += "`fuse` stacks the modules of the first column by output rows; `swap_halves` exchanges the two halves of the\n\
-            output rows; `only` marks parameters that are replaced or shifted and never get factors. The first namespace of a\n\
-            component is the canonical one.\n";
-    for component in &family.components {
-        out += &section(component);
+    out += &format!(
+        "- Metadata and file names that speak for it where keys fit several families: {}\n",
+        codes(&family.hints)
+    );
+    let parts = family.components.iter().map(|c| format!("[`{0}`](#{0})", c.name));
+    out += &format!("- Components: {}\n", parts.collect::<Vec<_>>().join(", "));
+    out += &format!("\n## Sizes\n\n{}", numbers(registry, tables, &sizes));
+    out += &format!("\n## Prefixes\n\n{}", prefixes(registry, sizes[0]));
+    out += &format!("\n## Who loads it\n\n{}", loaders::of_family(registry, sizes[0]));
+    out += "\n## Modules\n\n";
+    out += LEGEND;
+    let mut shown = BTreeMap::new();
+    for (c, component) in family.components.iter().enumerate() {
+        out += &format!("\n### {}\n\n{}.\n\n", component.name, counts(registry, &sizes, c));
+        let Some(shared) = &component.shared else {
+            out += &components::rows(&tables.part(name, c));
+            continue;
+        };
+        let first = shown.insert(shared, &component.name);
+        out += &match (first, tables.users(shared).len()) {
+            (Some(first), _) => format!("The same rows as [`{first}`](#{first}).\n"),
+            (None, 1) => components::rows(&tables.part(name, c)),
+            (None, _) => format!("The rows of [`{shared}`](../components.md#{}).\n", shared.replace('.', "")),
+        };
     }
     out
 }
 
-fn section(component: &Component) -> String {
-    let mut out = format!("\n## {}\n\n", component.name);
-    let counts: Vec<String> =
-        counts(component).iter().map(|(name, n)| format!("`{{{name}}}` 0 to {}", n - 1)).collect();
-    let modules: usize = distinct(component).len();
-    out += &format!("{modules} modules. Block numbers: {}.\n\n", counts.join(", "));
-    let mut head: Vec<String> = component.namespaces.iter().map(|n| code(n)).collect();
-    head.extend(["operation".to_owned(), "in".to_owned(), "out".to_owned()]);
-    let rows: Vec<Vec<String>> = component.rows.iter().map(|row| cells(component, row)).collect();
-    out + &table(&head, &rows)
-}
+pub(super) const LEGEND: &str = "\
+    `fuse` stacks the modules of the first column by output rows; `swap_halves` exchanges the two halves of the output\n\
+    rows; `only` marks parameters that are replaced or shifted and never get factors. The first column has the canonical\n\
+    names. `{a,b}` stands for one module each, in the same order in every column; `{name}` is a block number, from 0, or\n\
+    an entry of a list below; named widths have their numbers above.\n";
 
-fn cells(component: &Component, row: &Row) -> Vec<String> {
-    let spelled = |namespace: usize| {
-        let param = row.params[namespace].as_ref().map_or_else(String::new, |p| format!(".{p}"));
-        let texts: Vec<String> =
-            names(row, namespace).iter().map(|t| format!("{}{param}", symbolic(t, component))).collect();
-        if texts.is_empty() { "-".to_owned() } else { lines(texts) }
+/// Blocks, widths and modules of every size.
+fn numbers(registry: &Registry, tables: &Tables, sizes: &[usize]) -> String {
+    let source = tables.family(&registry.families[sizes[0]].name);
+    let of = |f: usize, field| source.numbers(field, registry.families[f].variant.as_deref());
+    let named: Vec<(&str, &str)> = ["blocks", "sizes"]
+        .into_iter()
+        .flat_map(|field| of(sizes[0], field).into_keys().map(move |name| (field, name)))
+        .collect();
+    let mut head = vec!["`--family`".to_owned()];
+    head.extend(named.iter().map(|(field, name)| match *field {
+        "blocks" => format!("blocks `{{{name}}}`"),
+        _ => format!("`{name}`"),
+    }));
+    head.push("layers".to_owned());
+    let row = |&f: &usize| {
+        let mut cells = vec![code(&registry.families[f].label())];
+        cells.extend(named.iter().map(|(field, name)| of(f, field)[name].to_string()));
+        let layers: usize = (0..registry.families[f].components.len()).map(|c| layers(&registry.families[f], c)).sum();
+        cells.push(layers.to_string());
+        cells
     };
-    let numbers = |all: &[usize], between: &str| all.iter().map(usize::to_string).collect::<Vec<_>>().join(between);
-    let mut out: Vec<String> = (0..component.namespaces.len()).map(spelled).collect();
-    out.push(row.op.name().to_owned());
-    out.push(if row.inputs.is_empty() { "-".to_owned() } else { numbers(&row.inputs, " or ") });
-    out.push(numbers(&row.outputs, " + "));
-    out
+    let rows: Vec<Vec<String>> = sizes.iter().map(row).collect();
+    let several = match sizes.len() {
+        1 => String::new(),
+        _ => format!("\n`--family {}` means whichever of them the shapes fit.\n", registry.families[sizes[0]].name),
+    };
+    table(&head, &rows) + &several
 }
 
-/// How many blocks there are of each kind, by the variable's name.
-fn counts(component: &Component) -> BTreeMap<&str, u32> {
-    let bounds = component.rows.iter().flat_map(|r| r.canonical.iter().flat_map(|t| t.bounds()));
-    bounds.map(|(variable, below)| (component.variables[variable].as_str(), below)).collect()
-}
-
-/// The canonical names of all layers (parameters under `only` are none).
-fn distinct(component: &Component) -> std::collections::BTreeSet<String> {
-    let mut out = std::collections::BTreeSet::new();
-    for row in component.rows.iter().filter(|r| r.op != Op::Only) {
-        for template in &row.canonical {
-            let mut all = vec![vec![0; component.variables.len()]];
-            for (variable, below) in template.bounds() {
-                let set = |v: &Vec<u32>, n: u32| {
-                    let mut v = v.clone();
-                    v[variable] = n;
-                    v
-                };
-                all = all.iter().flat_map(|v| (0..below).map(move |n| set(v, n))).collect();
-            }
-            out.extend(all.iter().map(|v| template.render(v)));
+/// How many layers a component has in each size.
+fn counts(registry: &Registry, sizes: &[usize], component: usize) -> String {
+    let mut counts: Vec<(usize, Vec<String>)> = Vec::new();
+    for &f in sizes {
+        let count = layers(&registry.families[f], component);
+        let size = registry.families[f].variant.clone().unwrap_or_default();
+        match counts.iter_mut().find(|(n, _)| *n == count) {
+            Some((_, all)) => all.push(size),
+            None => counts.push((count, vec![size])),
         }
     }
-    out
+    match counts.as_slice() {
+        [(count, _)] => format!("{count} layers"),
+        several => several.iter().map(|(n, s)| format!("{}: {n} layers", s.join(", "))).collect::<Vec<_>>().join("; "),
+    }
+}
+
+/// Distinct canonical layers; parameters under `only` are none.
+fn layers(family: &Family, component: usize) -> usize {
+    let component = &family.components[component];
+    let templates = component.rows.iter().filter(|r| r.op != Op::Only).flat_map(|r| &r.canonical);
+    let paths = templates.flat_map(|t| component.instances_of(t).into_iter().map(|v| t.render(&v)));
+    paths.collect::<BTreeSet<_>>().len()
+}
+
+fn prefixes(registry: &Registry, family: usize) -> String {
+    let mut rows = Vec::new();
+    for (c, component) in registry.families[family].components.iter().enumerate() {
+        for dialect in &registry.dialects {
+            for place in dialect.places.iter().filter(|p| (p.family, p.component) == (family, c)) {
+                rows.push(vec![
+                    code(&component.name),
+                    places::link("../", dialect),
+                    code(&place.prefix),
+                    codes(&place.also),
+                    code(&component.namespaces[place.namespace]),
+                    note(dialect, place).to_owned(),
+                ]);
+            }
+        }
+    }
+    let text = "Every name below is read behind every prefix; these are written.\n\n";
+    text.to_owned() + &table(&["component", "dialect", "prefix", "also read", "names", "note"], &rows)
 }

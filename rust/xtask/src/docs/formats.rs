@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use lorafmt_core::kind::{Kind, Slot};
 use lorafmt_core::table::{AlphaPolicy, Dialect, Registry};
 
+use super::places::{families, groups, link, note};
 use crate::markdown::{GENERATED, code, codes, table};
 
 pub(super) fn page(registry: &Registry) -> String {
@@ -16,11 +17,10 @@ pub(super) fn page(registry: &Registry) -> String {
         ("Kinds of adapter", kinds(registry)),
         ("Prefixes", prefixes(registry)),
         ("Suffixes", suffixes(registry)),
-        ("Who loads what", loaders(registry)),
     ] {
         out += &format!("\n## {title}\n\n{text}");
     }
-    out
+    out + "\n## Who loads what\n\nSee [the table of programs](loaders.md).\n"
 }
 
 /// Read, write or both, for a dialect and a family.
@@ -33,18 +33,18 @@ pub(super) fn ability(dialect: &Dialect, family: usize) -> &'static str {
     }
 }
 
-fn link(dialect: &Dialect) -> String {
-    format!("[`{0}`](dialects/{0}.md)", dialect.name)
-}
-
+/// One line a family, with the sizes in which it comes.
 fn support(registry: &Registry) -> String {
-    let mut head = vec!["dialect".to_owned()];
-    head.extend(registry.families.iter().map(|f| format!("[{}](families/{}.md)", f.title, f.name)));
-    let row = |d: &Dialect| {
-        let cells = (0..registry.families.len()).map(|f| ability(d, f).to_owned());
-        std::iter::once(link(d)).chain(cells).collect()
+    let mut head = vec!["family".to_owned(), "sizes".to_owned()];
+    head.extend(registry.dialects.iter().map(|d| link("", d)));
+    let row = |f: usize| {
+        let family = &registry.families[f];
+        let sizes = registry.families.iter().filter(|g| g.name == family.name).filter_map(|g| g.variant.as_deref());
+        let cells = registry.dialects.iter().map(|d| ability(d, f).to_owned());
+        let name = format!("[{}](families/{1}.md) (`{1}`)", family.title, family.name);
+        [name, sizes.collect::<Vec<_>>().join(", ")].into_iter().chain(cells).collect::<Vec<String>>()
     };
-    table(&head, &registry.dialects.iter().map(row).collect::<Vec<_>>())
+    table(&head, &families(registry).into_iter().map(row).collect::<Vec<_>>())
 }
 
 /// What a dialect does with the scale, in words.
@@ -57,7 +57,7 @@ pub(super) fn scale(policy: AlphaPolicy) -> &'static str {
 }
 
 fn dialects(registry: &Registry) -> String {
-    let row = |d: &Dialect| vec![link(d), d.title.clone(), codes(&d.aliases), scale(d.alpha).to_owned()];
+    let row = |d: &Dialect| vec![link("", d), d.title.clone(), codes(&d.aliases), scale(d.alpha).to_owned()];
     table(&["dialect", "what it is", "also called", "scale"], &registry.dialects.iter().map(row).collect::<Vec<_>>())
 }
 
@@ -96,28 +96,23 @@ fn kinds(registry: &Registry) -> String {
 
 fn prefixes(registry: &Registry) -> String {
     let mut rows = Vec::new();
-    for (f, family) in registry.families.iter().enumerate() {
-        for (c, component) in family.components.iter().enumerate() {
-            for dialect in &registry.dialects {
-                for place in dialect.places.iter().filter(|p| (p.family, p.component) == (f, c)) {
-                    rows.push(vec![
-                        code(&family.name),
-                        code(&component.name),
-                        link(dialect),
-                        code(&place.prefix),
-                        codes(&place.also),
-                        match (place.write && dialect.write, place.carried) {
-                            (false, _) => "read only",
-                            (true, true) => "carried: loaders of the dialect ignore it",
-                            (true, false) => "",
-                        }
-                        .to_owned(),
-                    ]);
-                }
-            }
+    let all = families(registry).len();
+    for dialect in &registry.dialects {
+        for group in groups(registry, dialect) {
+            let named = group.families(registry);
+            let place = group.first();
+            rows.push(vec![
+                link("", dialect),
+                code(&place.prefix),
+                codes(&place.also),
+                code(group.namespace),
+                codes(group.components(registry)),
+                if named.len() == all { "all".to_owned() } else { codes(named) },
+                note(dialect, place).to_owned(),
+            ]);
         }
     }
-    table(&["family", "component", "dialect", "prefix", "also read", "note"], &rows)
+    table(&["dialect", "prefix", "also read", "names", "components", "families", "note"], &rows)
 }
 
 fn suffixes(registry: &Registry) -> String {
@@ -139,16 +134,4 @@ fn suffixes(registry: &Registry) -> String {
     let text = "`*` stands for the name of a PEFT adapter. `{param}` is the parameter's name (`weight`, `scale`); `{.param}` is it with a dot, \
                 or nothing for a weight.\n\n";
     text.to_owned() + &table(&["slot", "read", "written"], &Slot::ALL.iter().map(row).collect::<Vec<_>>())
-}
-
-fn loaders(registry: &Registry) -> String {
-    let mut rows = Vec::new();
-    for dialect in &registry.dialects {
-        for (topic, programs) in &dialect.loaders {
-            for (program, says) in programs {
-                rows.push(vec![link(dialect), code(topic), program.clone(), says.clone()]);
-            }
-        }
-    }
-    table(&["dialect", "family", "program", "loads it"], &rows)
 }
