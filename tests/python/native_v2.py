@@ -41,7 +41,10 @@ class Layer:
 
 def _qwen(width: int = 3072, hidden: int = 12288) -> tuple[Layer, ...]:
     names = {"to_qkv": ("to_q", "to_k", "to_v"), "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj")}
-    qkv = [Layer(f"attn.{n}", width, tuple(f"attn.{m}" for m in of), width, True, "attn.to_out.0") for n, of in names.items()]
+    qkv = [
+        Layer(f"attn.{n}", width, tuple(f"attn.{m}" for m in of), width, True, "attn.to_out.0")
+        for n, of in names.items()
+    ]
     out = [Layer(f"attn.{n}", width, (f"attn.{n}",), width, True, "attn.to_out.0") for n in ("to_out.0", "to_add_out")]
     first = [Layer(f"{m}_mlp.net.0.proj", width, (f"{m}_mlp.net.0.proj",), hidden) for m in ("img", "txt")]
     second = [Layer(f"{m}_mlp.net.2", hidden, (f"{m}_mlp.net.2",), width) for m in ("img", "txt")]

@@ -23,6 +23,14 @@ const LAYERS: [(&str, usize, usize, bool); 12] = [
     ("single_transformer_blocks.0.mlp_fc2", 12288, 3072, false),
 ];
 
+/// A block of Z-Image, whose checkpoints have the names of the second generation.
+const LATER: [(&str, usize, usize, bool); 4] = [
+    ("layers.0.attention.to_qkv", 3840, 11520, false),
+    ("layers.0.attention.to_out.0", 3840, 3840, true),
+    ("layers.0.feed_forward.net.0.proj", 3840, 20480, false),
+    ("layers.0.feed_forward.net.2", 10240, 3840, false),
+];
+
 /// bfloat16.
 const ONE: u16 = 0x3f80;
 const TWO: u16 = 0x4000;
@@ -35,11 +43,13 @@ pub(crate) struct Checkpoint {
     pub(crate) smoothed: bool,
     /// The value of its branches, as bits of a bfloat16.
     pub(crate) branch: u16,
+    /// Whether it is of the second generation.
+    pub(crate) later: bool,
 }
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { rank: 32, smoothed: false, branch: ONE }
+        Self { rank: 32, smoothed: false, branch: ONE, later: false }
     }
 }
 
@@ -58,14 +68,19 @@ impl Checkpoint {
             }
             at = end;
         };
-        for (layer, inputs, outputs, attention) in LAYERS {
+        let layers: &[_] = if self.later { &LATER } else { &LAYERS };
+        let [down, up, smooth, original] = match self.later {
+            true => ["proj_down", "proj_up", "smooth_factor", "smooth_factor_orig"],
+            false => ["lora_down", "lora_up", "smooth", "smooth_orig"],
+        };
+        for &(layer, inputs, outputs, attention) in layers {
             let key = |name: &str| format!("{layer}.{name}");
             let fused = self.smoothed && attention;
-            tensor(key("lora_down"), "BF16", [inputs, self.rank], self.branch);
-            tensor(key("lora_up"), "BF16", [outputs, self.rank], self.branch);
+            tensor(key(down), "BF16", [inputs, self.rank], self.branch);
+            tensor(key(up), "BF16", [outputs, self.rank], self.branch);
             tensor(key("bias"), "BF16", [outputs, 0], 0);
-            tensor(key("smooth"), "BF16", [inputs, 0], if fused { ONE } else { TWO });
-            tensor(key("smooth_orig"), "BF16", [inputs, 0], TWO);
+            tensor(key(smooth), "BF16", [inputs, 0], if fused { ONE } else { TWO });
+            tensor(key(original), "BF16", [inputs, 0], TWO);
             tensor(key("wscales"), "BF16", [inputs / 64, outputs], 0);
             tensor(key("qweight"), "I8", [outputs, inputs / 2], 0);
         }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::base::Checkpoint;
-use crate::common::{Place, adapter, adds_up, codes, names};
+use crate::common::{Place, adapter, adds_up, codes, file, names};
 
 const TOLERANCE: [&str; 2] = ["--tolerance", "1e-2"];
 
@@ -389,4 +389,42 @@ fn a_plan_has_the_hashes_that_the_file_will_have() {
     assert_eq!(plan["target"]["bytes"], place.read("n.safetensors").len());
     let codes = codes(&plan);
     assert_eq!(codes, ["carried-component"]);
+}
+
+#[test]
+fn models_of_the_second_generation() {
+    let place = Place::new();
+    Checkpoint { later: true, ..Checkpoint::default() }.write(&place, "base.safetensors");
+    let block = "transformer.layers.0";
+    for (name, value) in [("a", 0.25), ("b", -1.5)] {
+        let tensors = [
+            (format!("{block}.attention.to_v.lora_A.weight"), [1, 3840], value),
+            (format!("{block}.attention.to_v.lora_B.weight"), [3840, 1], 0.5),
+            (format!("{block}.feed_forward.w1.lora_A.weight"), [2, 3840], value),
+            (format!("{block}.feed_forward.w1.lora_B.weight"), [10240, 2], 0.5),
+        ];
+        let tensors: Vec<_> = tensors.iter().map(|(key, shape, v)| (key.as_str(), shape.as_slice(), *v)).collect();
+        place.write(&format!("{name}.safetensors"), &file(&[], &tensors));
+    }
+    let sources = ["compose", "a.safetensors:0.5", "b.safetensors:2", "-q"];
+    let native = ["--to", "nunchaku", "--base", "base.safetensors", "-o", "n.safetensors"];
+    place.ok(&[&sources as &[&str], &native].concat());
+    place.ok(&[&sources as &[&str], &["-o", "want.safetensors"]].concat());
+    let inside = place.ok(&["inspect", "n.safetensors", "--json"]).json();
+    assert_eq!((&inside["family"], &inside["native"]["base_ranks"]), (&json!("z-image"), &json!({"32": 4})));
+    same(&place, "want.safetensors", "n.safetensors", &[]);
+    same(&place, "want.safetensors", "n.safetensors", &["--base", "base.safetensors"]);
+    let parts = place.ok(&["convert", "n.safetensors", "--split", "--to", "diffusers", "--json"]).json();
+    parts.as_array().unwrap().iter().for_each(adds_up);
+    place.ok(&["convert", "a.safetensors", "--to", "comfyui", "--strength", "0.5", "-o", "half.safetensors"]);
+    same(&place, "half.safetensors", "n.a.diffusers.safetensors", &[]);
+    place.ok(&["scale", "n.safetensors", "--lora", "b=0", "-o", "scaled.safetensors"]);
+    same(&place, "half.safetensors", "scaled.safetensors", &["--base", "base.safetensors"]);
+    // What is quantized without a branch, or not there at all, is said.
+    let name = format!("{block}.adaLN_modulation.0");
+    let tensors = [(format!("{name}.lora_A.weight"), [1, 256]), (format!("{name}.lora_B.weight"), [15360, 1])];
+    let tensors: Vec<_> = tensors.iter().map(|(key, shape)| (key.as_str(), shape.as_slice(), 0.5)).collect();
+    place.write("c.safetensors", &file(&[], &tensors));
+    let args = ["convert", "c.safetensors", "--to", "nunchaku", "--base", "base.safetensors", "--json"];
+    assert_eq!(place.run(&args).error_code(), "unsupported-module");
 }
