@@ -35,7 +35,7 @@ pub(crate) struct ComposeArgs {
     /// folder. Configurations of AI-Toolkit are read, too: the LoRAs of their `model` section.
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     pub(crate) recipe: Option<PathBuf>,
-    /// Read the files as this model family
+    /// Read the files as this model family, or one size of it (`lorafmt formats` lists both)
     #[arg(long, value_name = "FAMILY", hide_short_help = true)]
     pub(crate) family: Option<String>,
     #[command(flatten)]

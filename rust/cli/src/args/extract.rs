@@ -37,7 +37,7 @@ pub(crate) struct ExtractArgs {
     /// `keep`, the default, is that of the tuned weights.
     #[arg(long, value_enum, default_value = "keep", value_name = "TYPE", hide_possible_values = true)]
     pub(crate) dtype: DtypeArg,
-    /// Read both as this model family
+    /// Read both as this model family, or one size of it (`lorafmt formats` lists both)
     #[arg(long, value_name = "FAMILY")]
     pub(crate) family: Option<String>,
     /// What the dialect cannot hold: error, allow

@@ -6,7 +6,7 @@ Examples:
   lorafmt formats --json | jq '.dialects[].name'
   lorafmt formats --table my-dialect.toml";
 
-/// List the dialects and, for each model family, whether they are read and written
+/// List the model families and, for each dialect, whether it is read and written
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct FormatsArgs {}

@@ -40,7 +40,7 @@ pub(crate) struct FuseArgs {
     /// Give FP8 weights that have a scale a new one, from their new numbers
     #[arg(long)]
     pub(crate) rescale: bool,
-    /// Read all files as this model family
+    /// Read all files as this model family, or one size of it (`lorafmt formats` lists both)
     #[arg(long, value_name = "FAMILY")]
     pub(crate) family: Option<String>,
     /// Unknown keys of adapters: error, drop

@@ -179,7 +179,7 @@ pub(crate) struct Reading {
     /// Read the file as this dialect instead of recognising it
     #[arg(long, value_name = "DIALECT")]
     pub(crate) from: Option<String>,
-    /// Read the file as this model family
+    /// Read the file as this model family, or one size of it (`lorafmt formats` lists both)
     #[arg(long, value_name = "FAMILY")]
     pub(crate) family: Option<String>,
 }

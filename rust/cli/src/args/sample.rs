@@ -15,7 +15,7 @@ Examples:
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct SampleArgs {
-    /// The model family
+    /// The model family, or one size of it (`lorafmt formats` lists both)
     #[arg(long)]
     pub(crate) family: String,
     /// The dialect

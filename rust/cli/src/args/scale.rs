@@ -31,7 +31,7 @@ pub(crate) struct ScaleArgs {
     /// The dialect to write, if not that of the source
     #[arg(long, value_name = "DIALECT")]
     pub(crate) to: Option<String>,
-    /// Read the file as this model family
+    /// Read the file as this model family, or one size of it (`lorafmt formats` lists both)
     #[arg(long, value_name = "FAMILY")]
     pub(crate) family: Option<String>,
     #[command(flatten)]
