@@ -144,7 +144,7 @@ def extract(tuned: str | PathLike[str], base: str | PathLike[str], options: str,
 
 def formats() -> tuple[list[tuple[str, bool]], list[str]]:
     """
-    Names of dialects (with whether each is written) and of families.
+    Names of dialects (with whether each is written) and of families, then those of single sizes.
     """
 
 def fuse(base: str | PathLike[str], terms: SupportsGetItem[int, tuple[Adapter, str | None]], path: str | PathLike[str], options: str, undo: str | PathLike[str] | None = None, progress: Any | None = None) -> str:

@@ -41,12 +41,60 @@ Dialect: TypeAlias = (
     ]
 )
 
-#: A base model's architecture. A registered table adds others, hence `str`.
+#: A base model's architecture, in any of its sizes or in one (`NAME-SIZE`). A registered table adds others, hence `str`.
 Family: TypeAlias = (
     str
     | Literal[
         "flux1",
         "chroma",
+        "sd15",
+        "sdxl",
+        "ace-step",
+        "anima",
+        "auraflow",
+        "cascade",
+        "cogvideox",
+        "flux2",
+        "hidream",
+        "hunyuan-video",
+        "ideogram4",
+        "krea2",
+        "ltx-video",
+        "ltx2",
+        "lumina2",
+        "mochi",
+        "qwen-image",
+        "sana",
+        "sd21",
+        "sd3",
+        "sd35",
+        "sdxl-refiner",
+        "wan",
+        "z-image",
+        "ace-step-1.5",
+        "ace-step-1.5-xl",
+        "cascade-3.6b",
+        "cascade-1b",
+        "cogvideox-2b",
+        "cogvideox-5b",
+        "cogvideox-1.5-5b",
+        "flux2-dev",
+        "flux2-klein-9b",
+        "flux2-klein-4b",
+        "ltx-video-2b",
+        "ltx-video-13b",
+        "ltx2-2.0",
+        "ltx2-2.3",
+        "sana-1.6b",
+        "sana-0.6b",
+        "sana-4.8b",
+        "sana-sprint-1.6b",
+        "sana-sprint-0.6b",
+        "sd35-large",
+        "sd35-medium",
+        "wan-14b",
+        "wan-5b",
+        "wan-1.3b",
     ]
 )
 

@@ -242,7 +242,7 @@ up = "::u"
 [[place]]
 families = ["flux1"]
 component = "transformer"
-namespace = "bfl"
+namespace = "original"
 prefix = "acme/"
 ''')
 out = lorafmt.convert(sys.argv[1], to="acme").to_numpy()

@@ -202,7 +202,7 @@ fn fix(file: &Inspection, loader: &Loader) -> Option<String> {
     let command = if loader.expand { "expand" } else { "convert" };
     let options = [
         (loader.needs_base, " --base BASE"),
-        (loader.needs_weights, " --base-weights MODEL"),
+        (loader.needs_weights, " --base-weights MODEL --rank RANK"),
         (!file.unknown.is_empty(), " --unknown drop"),
     ];
     let options: String = options.into_iter().filter_map(|(wanted, option)| wanted.then_some(option)).collect();

@@ -70,17 +70,26 @@ fn fixes(place: &Place, name: &str) -> Vec<String> {
 #[test]
 fn what_needs_the_model_says_so() {
     let place = Place::new();
-    let key = |slot: &str| format!("lora_unet_double_blocks_0_img_mod_lin.{slot}");
     let mut dora = factors(MODULE, &[]);
-    dora.push((key("dora_scale"), vec![1, 3072], 1.0));
-    place.write("dora.safetensors", &file(&[], &borrowed(&dora)));
-    let seen = place.ok(&["inspect", "dora.safetensors", "--json"]).json();
-    let loader = |name: &str| seen["loaders"].as_array().unwrap().iter().find(|l| l["name"] == name).unwrap().clone();
-    let vllm = loader("vLLM-Omni");
-    assert_eq!((&vllm["expand"], &vllm["needs_weights"]), (&true.into(), &true.into()), "{vllm}");
-    let text = place.ok(&["inspect", "dora.safetensors"]).out;
-    assert!(text.contains(" --base-weights MODEL"), "{text}");
-    assert!(loader("ComfyUI").get("expand").is_none());
+    dora.push((format!("{MODULE}.dora_scale"), vec![18432, 1], 1.0));
+    place.write("out.safetensors", &file(&[], &borrowed(&dora)));
+    dora[2].1 = vec![1, 3072];
+    place.write("in.safetensors", &file(&[], &borrowed(&dora)));
+    let loader = |file: &str, name: &str| {
+        let seen = place.ok(&["inspect", file, "--json"]).json();
+        seen["loaders"].as_array().unwrap().iter().find(|l| l["name"] == name).unwrap().clone()
+    };
+    let asks = |loader: &serde_json::Value| {
+        assert_eq!(loader["convert_to"], "diffusers", "{loader}");
+        loader["expand"] == true && loader["needs_weights"] == true
+    };
+    // diffusers holds magnitudes of outputs; stable-diffusion.cpp reads none.
+    assert!(!asks(&loader("out.safetensors", "diffusers")));
+    assert!(asks(&loader("out.safetensors", "stable-diffusion.cpp")));
+    assert!(asks(&loader("in.safetensors", "diffusers")));
+    assert!(loader("in.safetensors", "ComfyUI").get("expand").is_none());
+    let text = place.ok(&["inspect", "in.safetensors"]).out;
+    assert!(text.contains("lorafmt expand in.safetensors --to diffusers --base-weights MODEL --rank RANK"), "{text}");
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde::Serialize;
 
 use crate::adapter::Adapter;
-use crate::kind::Kind;
+use crate::kind::{Kind, Module};
 use crate::ops::Based;
 use crate::table::{Answer, Dialect, Program, Row};
 
@@ -24,7 +24,7 @@ pub struct Loader {
     /// Whether its modules have to be made plain LoRA on the way (`lorafmt expand`).
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub expand: bool,
-    /// Whether that takes the weights of the model (`--base-weights`).
+    /// Whether that takes the weights of the model (`--base-weights`), and mostly a rank: differences are full.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub needs_weights: bool,
 }
@@ -65,15 +65,20 @@ impl<'a> Forms<'a> {
         let (adapter, registry) = (self.adapter, &self.adapter.registry);
         let plain: BTreeSet<&str> = [Kind::Lora.name()].into();
         let own = adapter.detection.dialect.map(|d| self.says(program, d, &self.kinds));
-        let held = self.better(program, &self.kinds);
-        let target = held.or_else(|| self.better(program, &plain).filter(|_| adapter.has_plain_form()));
+        let held = self.better(program, &self.kinds, |_| false);
+        let made = |module: &Module| module.has_plain_form();
+        let needs_weights = adapter.modules.values().any(|p| Based::needs_weight(&p.module));
+        let behind = |d: usize| registry.dialects[d].native(adapter.family).is_some();
+        // No one command both makes them plain by the model's weights and puts them behind a base.
+        let possible = |d: &usize| adapter.has_plain_form() && !(needs_weights && behind(*d));
+        let target = held.or_else(|| self.better(program, &plain, made).filter(possible));
         let (answer, loads) = match own {
             Some(Some(known)) => known,
             None if target.is_some() => (Answer::No, "no: the keys are of several dialects".to_owned()),
             _ => (Answer::No, Loader::UNKNOWN.to_owned()),
         };
         let target = target.filter(|_| answer != Answer::Yes);
-        let behind = target.is_some_and(|d| registry.dialects[d].native(adapter.family).is_some());
+        let behind = target.is_some_and(behind);
         let expand = target.is_some() && held.is_none();
         Loader {
             name: program.name.clone(),
@@ -82,7 +87,7 @@ impl<'a> Forms<'a> {
             needs_base: behind || target.is_some() && adapter.native.as_ref().is_some_and(|n| n.needs_base),
             // What goes behind a base is made plain on the way there.
             expand: expand && !behind,
-            needs_weights: expand && adapter.modules.values().any(|p| Based::needs_weight(&p.module)),
+            needs_weights: expand && needs_weights,
         }
     }
 
@@ -94,9 +99,13 @@ impl<'a> Forms<'a> {
         rules.min_by_key(|rule| rule.answer).map(|rule| (rule.answer, rule.text()))
     }
 
-    fn better(&self, program: &Program, kinds: &BTreeSet<&str>) -> Option<usize> {
-        let loads = |&d: &usize| self.says(program, d, kinds).is_some_and(|(answer, _)| answer == Answer::Yes);
-        self.dialects.iter().copied().find(loads)
+    /// The first dialect that the program loads whole, and that can hold all modules but those that are `made` plain.
+    fn better(&self, program: &Program, kinds: &BTreeSet<&str>, made: impl Fn(&Module) -> bool) -> Option<usize> {
+        let loads = |d: usize| self.says(program, d, kinds).is_some_and(|(answer, _)| answer == Answer::Yes);
+        let modules = || self.adapter.modules.values().map(|p| &p.module).filter(|m| !made(m));
+        let dialects = &self.adapter.registry.dialects;
+        let holds = |d: usize| modules().all(|m| m.tensors.keys().all(|&slot| dialects[d].holds(slot)));
+        self.dialects.iter().copied().find(|&d| loads(d) && holds(d))
     }
 }
 
