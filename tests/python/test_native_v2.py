@@ -233,6 +233,9 @@ def test_what_the_base_does_not_have_is_said(scratch: Path, base: Base) -> None:
         scratch / "bias.safetensors", Z_IMAGE, {"layers.0.attention.to_q": 4}, {f"{name}.lora_B.bias": (3840,)}
     )
     refused(Z_IMAGE, bias, "unsupported-module", "its layer in the base has none")
+    name = "noise_refiner.0.feed_forward.w1"
+    bias = adapter(scratch / "w1.safetensors", Z_REFINERS, {name: 4}, {f"transformer.{name}.lora_B.bias": (10240,)})
+    refused(Z_REFINERS, bias, "unsupported-module", "its layer in the base has none")
 
 
 def test_a_base_of_flux_is_no_base_of_qwen(bases: Bases) -> None:

@@ -67,10 +67,11 @@ impl<'a> Assembler<'_, '_, 'a> {
         if claimed.is_empty() && lacks(param) {
             return Some("is not in the base");
         }
-        let unbiased = match claimed {
-            [] => lacks("bias"),
-            _ => claimed.iter().any(|c| matches!(c, Claim::Layer(layer) if layer.bias.is_none())),
+        let of_layer = |claim: &&Claim<'a>| match claim {
+            Claim::Layer(layer) => Some(layer.bias.is_none()),
+            _ => None,
         };
+        let unbiased = claimed.iter().find_map(of_layer).unwrap_or_else(|| lacks("bias"));
         let strict = self.native.whole && !self.base.is_carried();
         (strict && unbiased && module.get(Slot::DiffB).is_some())
             .then_some("has a bias, its layer in the base has none")
