@@ -35,8 +35,7 @@ __global__ void __launch_bounds__(GROUPS * 128, 1) rate(int loops, uint32_t seed
     const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const uint64_t a = tile_descriptor(base + (threadIdx.x / 128) * 64 * kRowBytes);
     const uint64_t b = tile_descriptor(base + GROUPS * 64 * kRowBytes);
-    using Acc = typename std::conditional<std::is_same<T, int8_t>::value, int32_t, float>::type;
-    Acc acc[N / 2];
+    uint32_t acc[N / 2];
     for (auto& value : acc) value = 0;
     for (int loop = 0; loop < loops; ++loop) {
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(GROUPS * 128, 1) rate(int loops, uint32_t seed
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
     }
     float sum = 0;
-    for (auto value : acc) sum += static_cast<float>(value);
+    for (auto value : acc) sum += __uint_as_float(value);
     if (sum == 1.2345f) *sink = sum;
 }
 

@@ -13,18 +13,19 @@ from pathlib import Path
 #: Columns of a tile; rows are always 64.
 WIDTHS = (128, 192, 256)
 
-#: C++ type of an operand element -> (PTX types and K, accumulator, its constraint, what follows the predicate).
+#: C++ type of an operand element -> (PTX types and K, what follows the predicate).
 TYPES = {
-    "int8_t": ("k32.s32.s8.s8", "int32_t", "r", ""),
-    "__nv_bfloat16": ("k16.f32.bf16.bf16", "float", "f", ", 1, 1, 0, 0"),
-    "__half": ("k16.f32.f16.f16", "float", "f", ", 1, 1, 0, 0"),
+    "int8_t": ("k32.s32.s8.s8", ""),
+    "__nv_bfloat16": ("k16.f32.bf16.bf16", ", 1, 1, 0, 0"),
+    "__half": ("k16.f32.f16.f16", ", 1, 1, 0, 0"),
 }
 
 HEAD = """// Written by generate_wgmma.py; change that.
 //
-// Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by the 128
-// threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread has N / 2
-// accumulators: 32-bit integers for bytes, floats for 16-bit operands.
+// Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by the
+// 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread has
+// N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one can become the
+// other in the same registers; with two arrays the compiler keeps both and spills.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,18 +41,16 @@ struct Wgmma;
 
 
 def wrapper(operand: str, width: int) -> str:
-    ptx, accumulator, constraint, tail = TYPES[operand]
+    ptx, tail = TYPES[operand]
     count = width // 2
     lines = [", ".join(f"%{i}" for i in range(at, min(at + 16, count))) for at in range(0, count, 16)]
     registers = ',"\n            "'.join(lines)
-    outputs = [
-        ", ".join(f'"+{constraint}"(acc[{i}])' for i in range(at, min(at + 6, count))) for at in range(0, count, 6)
-    ]
+    outputs = [", ".join(f'"+r"(acc[{i}])' for i in range(at, min(at + 6, count))) for at in range(0, count, 6)]
     joined = ",\n              ".join(outputs)
     return f"""
 template <>
 struct Wgmma<{operand}, {width}> {{
-    static __device__ __forceinline__ void run({accumulator} (&acc)[{count}], uint64_t a, uint64_t b, int keep) {{
+    static __device__ __forceinline__ void run(uint32_t (&acc)[{count}], uint64_t a, uint64_t b, int keep) {{
         asm volatile(
             "{{.reg .pred p; setp.ne.b32 p, %{count + 2}, 0;"
             "wgmma.mma_async.sync.aligned.m64n{width}{ptx} {{"

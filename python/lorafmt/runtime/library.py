@@ -38,9 +38,10 @@ class Built:
         """The line in the file at ``path``; None where there is none."""
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _MARK.search(data)
-        if found is None:
+            fields = [field.decode() for field in found.groups()] if found else None
+        if fields is None:
             return None
-        abi, arches, cuda, target = (field.decode() for field in found.groups())
+        abi, arches, cuda, target = fields
         return cls(int(abi), tuple(arches.split(",")), cuda, target)
 
     def runs_on(self, major: int, minor: int) -> bool:

@@ -1,7 +1,7 @@
 """The tensors of Nunchaku's quantized layers: out of their packed order and back, and as int8 with row scales.
 
-Layouts were read in nunchaku (``lora/flux/packer.py``, ``src/kernels/zgemm``). Everything is a view and a permutation of
-axes; each function names the axes in memory order. N and K are multiples of 128. Packed tensors are returned as new
+Layouts were read in nunchaku (``lora/flux/packer.py``, ``src/kernels/zgemm``). Everything is a view and a permutation
+of axes; each function names the axes in memory order. N and K are multiples of 128. Packed tensors are returned as new
 memory in the advertised shape.
 """
 

@@ -4,8 +4,8 @@
     y = linear_w8a8(xq, xscale, wq, wscale, t, up, bias)  # y ~ x @ (W + up @ diag(strength) @ down).T + bias
 
 Here are their signatures, what they mean (compositions of torch, for every device), and what they give to the compiler.
-The kernels of ``cuda/`` replace the compositions on CUDA. In exact terms, with every operation in float32 unless it says
-otherwise, and ``rn`` rounding to the nearest, ties to even:
+The kernels of ``cuda/`` replace the compositions on CUDA. In exact terms, with every operation in float32 unless it
+says otherwise, and ``rn`` rounding to the nearest, ties to even:
 
     xs[m, k]  = x[m, k] * inv_smooth[k]
     a[m]      = max(max_k |xs[m, k]|, 1e-30)
@@ -101,7 +101,7 @@ def _integer_product(xq: Tensor, wq: Tensor) -> Tensor:
     if xq.device.type != "cuda":
         # Sums of products of bytes are whole numbers far below 2^53.
         return (xq.double() @ wq.double().t()).float()
-    rows, width = xq.shape
+    rows = xq.shape[0]
     # torch._int_mm wants more than 16 rows, and both widths as multiples of 8.
     padded = torch.nn.functional.pad(xq, (0, 0, 0, max(0, 32 - rows)))
     return torch._int_mm(padded, wq.t())[:rows].float()

@@ -1,0 +1,334 @@
+// linear_w8a8 with warpgroup products and the tensor memory accelerator: sm_90a.
+//
+// Blocks stay and walk output tiles. One warpgroup fetches: a single thread asks the accelerator for tiles of 128 bytes
+// of K, first of xq and wq, then of t and up, into a ring in shared memory. The others multiply, 64 rows of the tile
+// each: bytes into integers, which become floats in the same registers, onto which the ranks are multiplied. What lies
+// outside of an operand arrives as zeros, so no size needs padding. The ring runs on while a tile is stored.
+#include "launch.h"
+
+#if defined(LORAFMT_NO_CODE)
+
+namespace lorafmt {
+// Built without this chip: nobody can call it on one, but the symbol is named.
+cudaError_t linear_wgmma(const Linear&, int, int, cudaStream_t) { return cudaErrorNoKernelImageForDevice; }
+}  // namespace lorafmt
+
+#else
+
+#include <cuda.h>
+
+#include "device.cuh"
+#include "wgmma.cuh"
+
+namespace lorafmt {
+namespace {
+
+constexpr int kSharedLimit = 227 * 1024;
+constexpr int kBarrierBytes = 1024;  // barriers, and what it takes to bring the ring to a multiple of 1024
+constexpr int kMaxStages = 8;
+constexpr int kBand = 12;            // row tiles that are walked together
+
+template <int CONSUMERS, int TILE_N>
+struct Shape {
+    static constexpr int kTileM = CONSUMERS * 64;
+    static constexpr int kTileN = TILE_N;
+    static constexpr int kThreads = (CONSUMERS + 1) * 128;
+    static constexpr int kStageBytes = (kTileM + TILE_N) * kRowBytes;
+    static constexpr int kFit = (kSharedLimit - 2 * kBarrierBytes) / kStageBytes;
+    static constexpr int kStages = kFit > kMaxStages ? kMaxStages : kFit;
+    static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kBarrierBytes;
+    // 65536 registers are 512 for each thread of a warpgroup, shared out in eights.
+    static constexpr int kProducerRegisters = CONSUMERS == 3 ? 32 : 40;
+    static constexpr int kConsumerRegisters = CONSUMERS == 3 ? 160 : 232;
+};
+
+struct Maps {
+    CUtensorMap xq, wq, t, up;
+};
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int phase) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;}" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
+}
+
+__device__ __forceinline__ void fetch_tile(uint32_t target, const CUtensorMap& map, uint32_t barrier, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+                     target),
+                 "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row)
+                 : "memory");
+}
+
+// Where the ring stands: the tile in use and how often it was in use before.
+template <int STAGES>
+struct Ring {
+    int slot = 0, phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == STAGES) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// The four lanes of a quad exchange words: lane q of `w[i]` gives what lane i of `w[q]` held.
+__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int lane) {
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+        const bool high = lane & bit;
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+            const int low_word = bit == 1 ? 2 * pair : pair, high_word = low_word + bit;
+            const uint32_t sent = high ? w[low_word] : w[high_word];
+            const uint32_t received = __shfl_xor_sync(0xffffffffu, sent, bit);
+            if (high) {
+                w[low_word] = received;
+            } else {
+                w[high_word] = received;
+            }
+        }
+    }
+}
+
+// Multiplies `tiles` tiles of the ring into `acc`. A slot is given back when the products that read it are done, which is
+// known one tile later.
+template <typename T, typename S, int COUNT>
+__device__ __forceinline__ void multiply(uint32_t (&acc)[COUNT], int tiles, bool keep, Ring<S::kStages>& ring, uint32_t ring_base,
+                                         uint32_t full, uint32_t empty, int group) {
+    int previous = -1;
+    for (int tile = 0; tile < tiles; ++tile) {
+        barrier_wait(full + 8 * ring.slot, ring.phase);
+        const uint32_t stage = ring_base + ring.slot * S::kStageBytes;
+        const uint64_t a = tile_descriptor(stage + group * 64 * kRowBytes);
+        const uint64_t b = tile_descriptor(stage + S::kTileM * kRowBytes);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            Wgmma<T, S::kTileN>::run(acc, a + step * (kStepBytes / 16), b + step * (kStepBytes / 16), keep || tile > 0 || step > 0);
+        }
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (previous >= 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * previous);
+        previous = ring.slot;
+        ring.next();
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (previous >= 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * previous);
+}
+
+template <typename T, int COUNT>
+__device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COUNT], int row, int column, int lane) {
+    const T* bias = static_cast<const T*>(p.bias);
+    T* y = static_cast<T*>(p.y);
+#pragma unroll
+    for (int block = 0; block < COUNT / 16; ++block) {  // 32 columns: four accumulator tiles of 8
+        float add[8];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int n = column + block * 32 + j * 8 + (lane & 3) * 2;
+            const bool inside = bias != nullptr && n < p.columns;
+            const float2 pair =
+                inside ? unpack_pair<T>(*reinterpret_cast<const uint32_t*>(bias + n)) : make_float2(0.0f, 0.0f);
+            add[2 * j] = pair.x;
+            add[2 * j + 1] = pair.y;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t words[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int at = block * 16 + j * 4 + half * 2;
+                words[j] = pack_pair<T>(__fadd_rn(__uint_as_float(acc[at]), add[2 * j]),
+                                        __fadd_rn(__uint_as_float(acc[at + 1]), add[2 * j + 1]));
+            }
+            transpose_quad(words, lane);
+            const int m = row + 8 * half, n = column + block * 32 + (lane & 3) * 8;
+            if (m < p.rows && n < p.columns) {
+                *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * p.columns + n) =
+                    make_uint4(words[0], words[1], words[2], words[3]);
+            }
+        }
+    }
+}
+
+template <typename T, typename S>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    gemm(const __grid_constant__ Maps maps, const __grid_constant__ Linear p, int row_tiles, int column_tiles) {
+    extern __shared__ uint8_t shared[];
+    const uint32_t start = shared_address(shared);
+    const uint32_t ring_base = (start + kBarrierBytes + 1023) & ~1023u;
+    const uint32_t full = start, empty = start + 8 * kMaxStages;
+    const int group = threadIdx.x / 128;
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < S::kStages; ++stage) {
+            barrier_init(full + 8 * stage, 1);
+            barrier_init(empty + 8 * stage, S::kTileM / 64);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+
+    const int byte_tiles = ceil_div(p.width, kRowBytes);
+    const int active = p.active == nullptr ? p.rank : min(max(*p.active, 0), p.rank);
+    const int rank_tiles = ceil_div(active, kRankTile);
+    const int tiles = row_tiles * column_tiles;
+    Ring<S::kStages> ring;
+
+    if (group == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kProducerRegisters));
+        if (threadIdx.x == 0) {
+            for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+                const TileAt place = tile_at(index, row_tiles, column_tiles, kBand);
+                const int m0 = place.row * S::kTileM, n0 = place.column * S::kTileN;
+                for (int tile = 0; tile < byte_tiles + rank_tiles; ++tile) {
+                    barrier_wait(empty + 8 * ring.slot, ring.phase ^ 1);
+                    const uint32_t barrier = full + 8 * ring.slot;
+                    const uint32_t stage = ring_base + ring.slot * S::kStageBytes;
+                    barrier_expect(barrier, S::kStageBytes);
+                    const bool bytes = tile < byte_tiles;
+                    const int at = bytes ? tile * kRowBytes : (tile - byte_tiles) * kRankTile;
+                    fetch_tile(stage, bytes ? maps.xq : maps.t, barrier, at, m0);
+                    fetch_tile(stage + S::kTileM * kRowBytes, bytes ? maps.wq : maps.up, barrier, at, n0);
+                    ring.next();
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
+        constexpr int kCount = S::kTileN / 2;
+        const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+        for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+            const TileAt place = tile_at(index, row_tiles, column_tiles, kBand);
+            const int row = place.row * S::kTileM + (group - 1) * 64 + group_row(thread, 0);
+            const int column = place.column * S::kTileN;
+            uint32_t acc[kCount];
+            multiply<int8_t, S>(acc, byte_tiles, false, ring, ring_base, full, empty, group - 1);
+
+            const float row_scale[2] = {row < p.rows ? p.xscale[row] : 0.0f, row + 8 < p.rows ? p.xscale[row + 8] : 0.0f};
+#pragma unroll
+            for (int j = 0; j < S::kTileN / 8; ++j) {
+                const int n = column + group_column(thread, 4 * j);
+                const float2 column_scale =
+                    n < p.columns ? *reinterpret_cast<const float2*>(p.wscale + n) : make_float2(0.0f, 0.0f);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int at = 4 * j + 2 * half;
+                    acc[at] = __float_as_uint(rescale(acc[at], row_scale[half], column_scale.x));
+                    acc[at + 1] = __float_as_uint(rescale(acc[at + 1], row_scale[half], column_scale.y));
+                }
+            }
+            multiply<T, S>(acc, rank_tiles, true, ring, ring_base, full, empty, group - 1);
+            store<T>(p, acc, row, column, lane);
+        }
+    }
+}
+
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, found without linking the driver's library.
+Encode encoder() {
+    static const Encode found = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+    }();
+    return found;
+}
+
+// An operand of `rows` rows of `width` elements, in boxes of 128 bytes by `box_rows`.
+bool describe(CUtensorMap& map, const void* data, CUtensorMapDataType type, int element, int rows, int width, int box_rows) {
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(width) * element};
+    const cuuint32_t box[2] = {static_cast<cuuint32_t>(kRowBytes / element), static_cast<cuuint32_t>(box_rows)};
+    const cuuint32_t steps[2] = {1, 1};
+    return encoder()(&map, type, 2, const_cast<void*>(data), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename T, int CONSUMERS, int TILE_N>
+cudaError_t launch(const Linear& call, int multiprocessors, cudaStream_t stream) {
+    using S = Shape<CONSUMERS, TILE_N>;
+    if (encoder() == nullptr) return cudaErrorNotSupported;
+    Maps maps;
+    const auto half = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const auto byte = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    bool good = describe(maps.xq, call.xq, byte, 1, call.rows, call.width, S::kTileM) &&
+                describe(maps.wq, call.wq, byte, 1, call.columns, call.width, S::kTileN);
+    if (call.rank > 0) {
+        good = good && describe(maps.t, call.t, half, 2, call.rows, call.rank, S::kTileM) &&
+               describe(maps.up, call.up, half, 2, call.columns, call.rank, S::kTileN);
+    }
+    if (!good) return cudaErrorInvalidValue;
+    auto kernel = gemm<T, S>;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    const int row_tiles = ceil_div(call.rows, S::kTileM), column_tiles = ceil_div(call.columns, S::kTileN);
+    const int tiles = row_tiles * column_tiles;
+    kernel<<<tiles < multiprocessors ? tiles : multiprocessors, S::kThreads, S::kSharedBytes, stream>>>(
+        maps, call, row_tiles, column_tiles);
+    return cudaGetLastError();
+}
+
+// The tile that needs the least time: rounds over the chip times the area of a tile.
+int choose(const Linear& call, int multiprocessors) {
+    constexpr struct {
+        int kernel, tile_m, tile_n, cost;  // cost of 1024 products, relative
+    } kTiles[] = {
+        {kWgmma128x256, 128, 256, 100},
+        {kWgmma192x192, 192, 192, 104},
+        {kWgmma128x192, 128, 192, 108},
+        {kWgmma128x128, 128, 128, 120},
+    };
+    int best = kWgmma128x256;
+    int64_t least = INT64_MAX;
+    for (const auto& tile : kTiles) {
+        const int64_t tiles = int64_t{ceil_div(call.rows, tile.tile_m)} * ceil_div(call.columns, tile.tile_n);
+        const int64_t time = ceil_div<int64_t>(tiles, multiprocessors) * tile.tile_m * tile.tile_n * tile.cost;
+        if (time < least) {
+            least = time;
+            best = tile.kernel;
+        }
+    }
+    return best;
+}
+
+template <typename T>
+cudaError_t by_kernel(const Linear& call, int kernel, int multiprocessors, cudaStream_t stream) {
+    switch (kernel == kAuto ? choose(call, multiprocessors) : kernel) {
+        case kWgmma128x256: return launch<T, 2, 256>(call, multiprocessors, stream);
+        case kWgmma192x192: return launch<T, 3, 192>(call, multiprocessors, stream);
+        case kWgmma128x192: return launch<T, 2, 192>(call, multiprocessors, stream);
+        case kWgmma128x128: return launch<T, 2, 128>(call, multiprocessors, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+}  // namespace
+
+cudaError_t linear_wgmma(const Linear& call, int kernel, int multiprocessors, cudaStream_t stream) {
+    return call.type == Half::float16 ? by_kernel<__half>(call, kernel, multiprocessors, stream)
+                                      : by_kernel<__nv_bfloat16>(call, kernel, multiprocessors, stream);
+}
+
+}  // namespace lorafmt
+
+#endif
