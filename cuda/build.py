@@ -31,7 +31,12 @@ TARGET = HERE.parent / "python" / "lorafmt" / "runtime" / "lorafmt_cuda.so"
 ARCHES = ("80", "86", "89", "90a", "120")
 
 #: Unit -> the chips it is for; None is all of them.
-UNITS: dict[str, tuple[str, ...] | None] = {"prologue.cu": None, "gemm_mma.cu": None, "gemm_wgmma.cu": ("90a",)}
+UNITS: dict[str, tuple[str, ...] | None] = {
+    "prologue.cu": None,
+    "prologue_cluster.cu": ("90a",),
+    "gemm_mma.cu": None,
+    "gemm_wgmma.cu": ("90a",),
+}
 
 #: Libraries that torch has loaded already; the result names them so that its symbols are found there.
 TORCH_LIBRARIES = ("torch_cpu", "torch_cuda")

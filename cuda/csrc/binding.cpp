@@ -112,7 +112,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_down(Tensor x, Tensor down, Tensor s
     call.t = t.data_ptr();
     if (call.rows > 0) {
         torch::stable::accelerator::DeviceGuard guard(index);
-        check(lorafmt::quantize_down(call, stream(index)), "quantize_down");
+        cudaError_t error = cudaErrorInvalidConfiguration;
+        if (device(index).major == 9) error = lorafmt::quantize_down_cluster(call, stream(index));
+        if (error == cudaErrorInvalidConfiguration) error = lorafmt::quantize_down(call, stream(index));
+        check(error, "quantize_down");
     }
     return {xq, xscale, t};
 }

@@ -16,6 +16,7 @@ cudaError_t linear_wgmma(const Linear&, int, int, cudaStream_t) { return cudaErr
 #else
 
 #include <cuda.h>
+#include <cstdlib>
 
 #include "device.cuh"
 #include "wgmma.cuh"
@@ -24,7 +25,8 @@ namespace lorafmt {
 namespace {
 
 constexpr int kSharedLimit = 227 * 1024;
-constexpr int kBarrierBytes = 1024;  // barriers, and what it takes to bring the ring to a multiple of 1024
+constexpr int kBarrierBytes = 1024;  // barriers
+constexpr int kAlignBytes = 1024;    // what it takes to bring the ring to a multiple of 1024
 constexpr int kMaxStages = 8;
 constexpr int kBand = 12;            // row tiles that are walked together
 
@@ -34,9 +36,12 @@ struct Shape {
     static constexpr int kTileN = TILE_N;
     static constexpr int kThreads = (CONSUMERS + 1) * 128;
     static constexpr int kStageBytes = (kTileM + TILE_N) * kRowBytes;
-    static constexpr int kFit = (kSharedLimit - 2 * kBarrierBytes) / kStageBytes;
+    // Scales and biases of the tile's columns, a copy for each warpgroup so that these need not wait for each other.
+    static constexpr int kColumnBytes = TILE_N * 2 * static_cast<int>(sizeof(float));
+    static constexpr int kHeadBytes = kBarrierBytes + CONSUMERS * kColumnBytes;
+    static constexpr int kFit = (kSharedLimit - kHeadBytes - kAlignBytes) / kStageBytes;
     static constexpr int kStages = kFit > kMaxStages ? kMaxStages : kFit;
-    static constexpr int kSharedBytes = kStages * kStageBytes + 2 * kBarrierBytes;
+    static constexpr int kSharedBytes = kStages * kStageBytes + kHeadBytes + kAlignBytes;
     // 65536 registers are 512 for each thread of a warpgroup, shared out in eights.
     static constexpr int kProducerRegisters = CONSUMERS == 3 ? 32 : 40;
     static constexpr int kConsumerRegisters = CONSUMERS == 3 ? 160 : 232;
@@ -131,21 +136,55 @@ __device__ __forceinline__ void multiply(uint32_t (&acc)[COUNT], int tiles, bool
     if (previous >= 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * previous);
 }
 
+// Waits for the 128 threads of a warpgroup.
+__device__ __forceinline__ void group_sync(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
+// What a tile needs besides its operands, on its way from memory while the tile is multiplied: a thread has the scales of
+// its two rows, and scales and biases of every 128th column, which it passes on to its warpgroup.
+template <typename T, int TILE_N>
+struct Margins {
+    static constexpr int kEach = ceil_div(TILE_N, 128);
+    float row_scale[2], column_scale[kEach], bias[kEach];
+
+    __device__ __forceinline__ Margins(const Linear& p, int row, int column, int thread) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) row_scale[half] = row + 8 * half < p.rows ? p.xscale[row + 8 * half] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int at = thread + i * 128, n = column + at;
+            const bool inside = at < TILE_N && n < p.columns;
+            column_scale[i] = inside ? p.wscale[n] : 0.0f;
+            bias[i] = inside && p.bias != nullptr ? to_float(static_cast<const T*>(p.bias)[n]) : 0.0f;
+        }
+    }
+
+    // Into `columns`: first all scales, then all biases.
+    __device__ __forceinline__ void share(float* columns, int thread, int group) const {
+        group_sync(group);  // everybody is done with those of the tile before
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int at = thread + i * 128;
+            if (at < TILE_N) {
+                columns[at] = column_scale[i];
+                columns[TILE_N + at] = bias[i];
+            }
+        }
+        group_sync(group);
+    }
+};
+
 template <typename T, int COUNT>
-__device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COUNT], int row, int column, int lane) {
-    const T* bias = static_cast<const T*>(p.bias);
+__device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COUNT], const float* bias, int row, int column,
+                                      int lane) {
     T* y = static_cast<T*>(p.y);
 #pragma unroll
     for (int block = 0; block < COUNT / 16; ++block) {  // 32 columns: four accumulator tiles of 8
-        float add[8];
+        float2 add[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const int n = column + block * 32 + j * 8 + (lane & 3) * 2;
-            const bool inside = bias != nullptr && n < p.columns;
-            const float2 pair =
-                inside ? unpack_pair<T>(*reinterpret_cast<const uint32_t*>(bias + n)) : make_float2(0.0f, 0.0f);
-            add[2 * j] = pair.x;
-            add[2 * j + 1] = pair.y;
+            add[j] = *reinterpret_cast<const float2*>(bias + block * 32 + j * 8 + fragment_column(lane, 0));
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -153,8 +192,8 @@ __device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COU
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int at = block * 16 + j * 4 + half * 2;
-                words[j] = pack_pair<T>(__fadd_rn(__uint_as_float(acc[at]), add[2 * j]),
-                                        __fadd_rn(__uint_as_float(acc[at + 1]), add[2 * j + 1]));
+                words[j] = pack_pair<T>(__fadd_rn(__uint_as_float(acc[at]), add[j].x),
+                                        __fadd_rn(__uint_as_float(acc[at + 1]), add[j].y));
             }
             transpose_quad(words, lane);
             const int m = row + 8 * half, n = column + block * 32 + (lane & 3) * 8;
@@ -168,10 +207,10 @@ __device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COU
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    gemm(const __grid_constant__ Maps maps, const __grid_constant__ Linear p, int row_tiles, int column_tiles) {
+    gemm(const __grid_constant__ Maps maps, const __grid_constant__ Linear p, int row_tiles, int column_tiles, int band) {
     extern __shared__ uint8_t shared[];
     const uint32_t start = shared_address(shared);
-    const uint32_t ring_base = (start + kBarrierBytes + 1023) & ~1023u;
+    const uint32_t ring_base = (start + S::kHeadBytes + kAlignBytes - 1) & ~(kAlignBytes - 1u);
     const uint32_t full = start, empty = start + 8 * kMaxStages;
     const int group = threadIdx.x / 128;
     if (threadIdx.x == 0) {
@@ -193,7 +232,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kProducerRegisters));
         if (threadIdx.x == 0) {
             for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-                const TileAt place = tile_at(index, row_tiles, column_tiles, kBand);
+                const TileAt place = tile_at(index, row_tiles, column_tiles, band);
                 const int m0 = place.row * S::kTileM, n0 = place.column * S::kTileN;
                 for (int tile = 0; tile < byte_tiles + rank_tiles; ++tile) {
                     barrier_wait(empty + 8 * ring.slot, ring.phase ^ 1);
@@ -212,28 +251,27 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kConsumerRegisters));
         constexpr int kCount = S::kTileN / 2;
         const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+        float* columns = reinterpret_cast<float*>(shared + kBarrierBytes) + (group - 1) * 2 * S::kTileN;
         for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-            const TileAt place = tile_at(index, row_tiles, column_tiles, kBand);
+            const TileAt place = tile_at(index, row_tiles, column_tiles, band);
             const int row = place.row * S::kTileM + (group - 1) * 64 + group_row(thread, 0);
             const int column = place.column * S::kTileN;
+            const Margins<T, S::kTileN> margins(p, row, column, thread);
             uint32_t acc[kCount];
             multiply<int8_t, S>(acc, byte_tiles, false, ring, ring_base, full, empty, group - 1);
-
-            const float row_scale[2] = {row < p.rows ? p.xscale[row] : 0.0f, row + 8 < p.rows ? p.xscale[row + 8] : 0.0f};
+            margins.share(columns, thread, group);
 #pragma unroll
             for (int j = 0; j < S::kTileN / 8; ++j) {
-                const int n = column + group_column(thread, 4 * j);
-                const float2 column_scale =
-                    n < p.columns ? *reinterpret_cast<const float2*>(p.wscale + n) : make_float2(0.0f, 0.0f);
+                const float2 scale = *reinterpret_cast<const float2*>(columns + j * 8 + fragment_column(lane, 0));
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int at = 4 * j + 2 * half;
-                    acc[at] = __float_as_uint(rescale(acc[at], row_scale[half], column_scale.x));
-                    acc[at + 1] = __float_as_uint(rescale(acc[at + 1], row_scale[half], column_scale.y));
+                    acc[at] = __float_as_uint(rescale(acc[at], margins.row_scale[half], scale.x));
+                    acc[at + 1] = __float_as_uint(rescale(acc[at + 1], margins.row_scale[half], scale.y));
                 }
             }
             multiply<T, S>(acc, rank_tiles, true, ring, ring_base, full, empty, group - 1);
-            store<T>(p, acc, row, column, lane);
+            store<T>(p, acc, columns + S::kTileN, row, column, lane);
         }
     }
 }
@@ -284,7 +322,7 @@ cudaError_t launch(const Linear& call, int multiprocessors, cudaStream_t stream)
     const int row_tiles = ceil_div(call.rows, S::kTileM), column_tiles = ceil_div(call.columns, S::kTileN);
     const int tiles = row_tiles * column_tiles;
     kernel<<<tiles < multiprocessors ? tiles : multiprocessors, S::kThreads, S::kSharedBytes, stream>>>(
-        maps, call, row_tiles, column_tiles);
+        maps, call, row_tiles, column_tiles, getenv("TUNE_BAND") ? atoi(getenv("TUNE_BAND")) : kBand);
     return cudaGetLastError();
 }
 

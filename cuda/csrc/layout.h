@@ -33,6 +33,12 @@ LORAFMT_BOTH constexpr int chunk_offset(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
 }
 
+// Byte offset of a 16-byte chunk of a row in a tile whose rows are `pitch` bytes, a multiple of 128. It is read by rows, and
+// as fragments of 8 rows by 4 chunks: neighbouring rows differ in the third bit, so that two of them fill all banks.
+LORAFMT_BOTH constexpr int slice_offset(int row, int chunk, int pitch) {
+    return row * pitch + ((chunk ^ (((row & 1) << 2) | ((row >> 1) & 3))) * kChunkBytes);
+}
+
 // Which row and chunk a lane names for ldmatrix.x4 of a 16-row, 32-byte operand: matrices 0..3 are rows 0-7 and 8-15 of
 // the first 16 bytes, then of the second. That is the A fragment of m16n8k32 (bytes) and of m16n8k16 (16-bit).
 LORAFMT_BOTH constexpr int a_lane_row(int lane) { return lane & 15; }

@@ -4,8 +4,8 @@
 // warps multiply them (2 row halves x 4 rank quarters) while every thread looks for the largest magnitude of its own
 // 16 bytes. A second walk reads the same rows again, now out of the second-level cache, and writes the codes. Sums have a
 // fixed order and there are no atomics, so two runs agree in every bit.
-#include "device.cuh"
 #include "launch.h"
+#include "prologue.cuh"
 
 namespace lorafmt {
 namespace {
@@ -14,8 +14,6 @@ constexpr int kRows = 32;
 constexpr int kThreads = 256;
 constexpr int kTileK = kRowBytes / 2;          // 16-bit values in a row of a tile
 constexpr int kMaxRankTiles = 4;               // more ranks are other blocks (grid.y)
-constexpr float kTiny = 1e-30f;
-constexpr float kLimit = 127.0f;
 
 // Tiles in flight: as many as fit into 96 KB, the least that a chip offers.
 LORAFMT_BOTH constexpr int stages_of(int rank_tiles) {
@@ -26,45 +24,6 @@ LORAFMT_BOTH constexpr int stages_of(int rank_tiles) {
 
 LORAFMT_BOTH constexpr int shared_bytes(int rank_tiles) {
     return stages_of(rank_tiles) * (kRows + rank_tiles * kRankTile) * kRowBytes;
-}
-
-struct Eight {
-    float v[8];
-};
-
-// Eight neighbouring values of x, smoothed.
-template <typename T>
-__device__ __forceinline__ Eight smoothed(uint4 raw, const float* inv_smooth, int k) {
-    Eight out;
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack_pair<T>(words[i]);
-        out.v[2 * i] = pair.x;
-        out.v[2 * i + 1] = pair.y;
-    }
-    if (inv_smooth != nullptr) {
-        const float4 low = *reinterpret_cast<const float4*>(inv_smooth + k);
-        const float4 high = *reinterpret_cast<const float4*>(inv_smooth + k + 4);
-        const float factor[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) out.v[i] = __fmul_rn(out.v[i], factor[i]);
-    }
-    return out;
-}
-
-// Magnitudes are compared as bit patterns: the order of non-negative floats, with every NaN above infinity.
-__device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
-
-__device__ __forceinline__ uint32_t four_codes(const float* v, float factor) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        // A NaN becomes 0, and its row's scale is NaN.
-        const int code = max(-127, min(127, __float2int_rn(__fmul_rn(v[i], factor))));
-        word |= static_cast<uint32_t>(code & 0xff) << (8 * i);
-    }
-    return word;
 }
 
 template <typename T, int RANK_TILES>
@@ -122,9 +81,7 @@ __global__ void __launch_bounds__(kThreads) prologue(QuantizeDown p) {
         const uint4 raw = *reinterpret_cast<const uint4*>(shared + slot + chunk_offset(row, chunk));
         const int k = tile * kTileK + chunk * 8;
         if (k < p.width) {
-            const Eight values = smoothed<T>(raw, p.inv_smooth, k);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) largest = max(largest, magnitude(values.v[i]));
+            largest = largest_of<T>(raw, p.inv_smooth, k, largest);
         }
         if constexpr (RANK_TILES > 0) {
 #pragma unroll
@@ -182,9 +139,7 @@ __global__ void __launch_bounds__(kThreads) prologue(QuantizeDown p) {
 #pragma unroll 4
         for (int k = lane * 8; k < p.width; k += 256) {
             const uint4 raw = *reinterpret_cast<const uint4*>(x + offset + k);
-            const Eight values = smoothed<T>(raw, p.inv_smooth, k);
-            *reinterpret_cast<uint2*>(p.xq + offset + k) =
-                make_uint2(four_codes(values.v, factor), four_codes(values.v + 4, factor));
+            *reinterpret_cast<uint2*>(p.xq + offset + k) = eight_codes<T>(raw, p.inv_smooth, k, factor);
         }
     }
 }

@@ -10,13 +10,14 @@ says otherwise, and ``rn`` rounding to the nearest, ties to even:
     xs[m, k]  = x[m, k] * inv_smooth[k]
     a[m]      = max(max_k |xs[m, k]|, 1e-30)
     xscale[m] = a[m] / 127
-    xq[m, k]  = rn(xs[m, k] * (127 / a[m]))
+    xq[m, k]  = rn(xs[m, k] * (127 / a[m]))                           the product is not rounded before
     t[m, r]   = rn16((sum_k x[m, k] * down[r, k]) * strength[r])      of the raw x; 0 from rank `active` on
     s[m, n]   = sum_k xq[m, k] * wq[n, k]                             in integers, exact
     y[m, n]   = rn16(s * (xscale[m] * wscale[n]) + sum_r t[m, r] * up[n, r] + bias[n])
 
 16-bit is the type of ``x``, bfloat16 or float16. ``active`` is an int32 on the device, the number of ranks that count,
-so that the others cost nothing and a captured graph follows a change. A row with a NaN or an infinity is NaN.
+so that the others cost nothing and a captured graph follows a change. A row with a NaN or an infinity has a
+scale that is one, so its results are NaN; its codes mean nothing.
 """
 
 from __future__ import annotations
@@ -114,13 +115,15 @@ def _quantize_down(
     raw = x.float()
     smoothed = raw if inv_smooth is None else raw * inv_smooth
     largest = smoothed.abs().amax(dim=1, keepdim=True).clamp_min(TINY)
-    codes = torch.round(smoothed * (LIMIT / largest))
+    # Tensors on both sides: torch would divide by a number as a product with its inverse, which rounds twice.
+    limit = torch.full_like(largest, LIMIT)
+    codes = torch.round(smoothed.double() * (limit / largest).double())
     # A NaN has no code; its row's scale is NaN.
     xq = torch.nan_to_num(codes).clamp_(-LIMIT, LIMIT).to(torch.int8)
     if active is not None:
         strength = torch.where(torch.arange(strength.numel(), device=x.device) < active, strength, 0.0)
     t = (raw @ down.float().t() if x.device.type == "cpu" else (x @ down.t()).float()) * strength
-    return xq, (largest / LIMIT).squeeze(1), t.to(x.dtype)
+    return xq, (largest / limit).squeeze(1), t.to(x.dtype)
 
 
 def _linear_w8a8(
