@@ -21,7 +21,7 @@ Call = Callable[[], Tensor]
 
 @dataclass
 class Case:
-    """One set of inputs: ``x`` [M, K], ``weight`` [N, K], ``down`` [R, K], ``up`` [N, R], all bfloat16, and their forms."""
+    """One set of inputs: ``x`` [M, K], ``weight`` [N, K], ``down`` [R, K], ``up`` [N, R], bfloat16, and their forms."""
 
     x: Tensor
     weight: Tensor

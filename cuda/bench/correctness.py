@@ -64,7 +64,7 @@ def _inputs(m: int, k: int, n: int, r: int, dtype: torch.dtype, seed: int) -> di
 
 
 def _close(y: Tensor, exact: Tensor, unit: float) -> str | None:
-    """Whether ``y`` is ``exact`` up to its rounding: 3e-3 (bfloat16) in norm, and 2 units at the value's or mean size."""
+    """None if ``y`` is ``exact`` up to rounding: 3e-3 (bfloat16) in norm, 2 units at the value's or the mean size."""
     error = (y.double() - exact).abs()
     relative = (error.norm() / exact.norm().clamp_min(1e-30)).item()
     scale = torch.maximum(exact.abs(), exact.square().mean().sqrt())

@@ -78,6 +78,9 @@ def time_shape(m: int, k: int, n: int, r: int, compiled: bool, variants: bool) -
     import baselines
     from timing import replay_time
 
+    import torch
+
+    torch._dynamo.config.recompile_limit = 64  # one program for each shape
     sets = min(6, max(2, math.ceil(150e6 / (m * k * 2 + n * k * 2 + m * n * 2))))
     cases = [baselines.Case.random(m, k, n, r, seed) for seed in range(sets)]
     rivals = {
@@ -138,8 +141,8 @@ def sanitizer(seconds: int) -> dict[str, str]:
     """compute-sanitizer over one small case, where it works; it does not on every virtual machine."""
     found = {}
     small = (
-        "import sys; sys.path[:0] = [{0!r}, {1!r}]; import torch, correctness as c; "
-        "print(c.check_case(77, 208, 264, 40, torch.bfloat16, 7, {2!r}))"
+        "import sys; sys.path[:0] = [{!r}, {!r}]; import torch, correctness as c; "
+        "print(c.check_case(77, 208, 264, 40, torch.bfloat16, 7, {!r}))"
     ).format(str(HERE), str(HERE.parents[1] / "python"), kernels())
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, sys.executable, "-c", small]

@@ -15,11 +15,7 @@ cudaError_t linear_wgmma(const Linear&, int, int, cudaStream_t) { return cudaErr
 
 #else
 
-#include <cuda.h>
-#include <cstdlib>
-
-#include "device.cuh"
-#include "wgmma.cuh"
+#include "hopper.cuh"
 
 namespace lorafmt {
 namespace {
@@ -28,7 +24,7 @@ constexpr int kSharedLimit = 227 * 1024;
 constexpr int kBarrierBytes = 1024;  // barriers
 constexpr int kAlignBytes = 1024;    // what it takes to bring the ring to a multiple of 1024
 constexpr int kMaxStages = 8;
-constexpr int kBand = 12;            // row tiles that are walked together
+constexpr int kBand = 4;  // row tiles that are walked together
 
 template <int CONSUMERS, int TILE_N>
 struct Shape {
@@ -50,34 +46,6 @@ struct Shape {
 struct Maps {
     CUtensorMap xq, wq, t, up;
 };
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int phase) {
-    asm volatile(
-        "{.reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;}" ::"r"(barrier),
-        "r"(phase)
-        : "memory");
-}
-
-__device__ __forceinline__ void fetch_tile(uint32_t target, const CUtensorMap& map, uint32_t barrier, int column, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-                     target),
-                 "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row)
-                 : "memory");
-}
 
 // Where the ring stands: the tile in use and how often it was in use before.
 template <int STAGES>
@@ -121,18 +89,18 @@ __device__ __forceinline__ void multiply(uint32_t (&acc)[COUNT], int tiles, bool
         const uint32_t stage = ring_base + ring.slot * S::kStageBytes;
         const uint64_t a = tile_descriptor(stage + group * 64 * kRowBytes);
         const uint64_t b = tile_descriptor(stage + S::kTileM * kRowBytes);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        product_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
             Wgmma<T, S::kTileN>::run(acc, a + step * (kStepBytes / 16), b + step * (kStepBytes / 16), keep || tile > 0 || step > 0);
         }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        product_commit();
+        product_wait<1>();
         if (previous >= 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * previous);
         previous = ring.slot;
         ring.next();
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    product_wait<0>();
     if (previous >= 0 && threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * previous);
 }
 
@@ -207,7 +175,7 @@ __device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COU
 
 template <typename T, typename S>
 __global__ void __launch_bounds__(S::kThreads, 1)
-    gemm(const __grid_constant__ Maps maps, const __grid_constant__ Linear p, int row_tiles, int column_tiles, int band) {
+    gemm(const __grid_constant__ Maps maps, const __grid_constant__ Linear p, int row_tiles, int column_tiles) {
     extern __shared__ uint8_t shared[];
     const uint32_t start = shared_address(shared);
     const uint32_t ring_base = (start + S::kHeadBytes + kAlignBytes - 1) & ~(kAlignBytes - 1u);
@@ -221,6 +189,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
+    wait_for_previous();
 
     const int byte_tiles = ceil_div(p.width, kRowBytes);
     const int active = p.active == nullptr ? p.rank : min(max(*p.active, 0), p.rank);
@@ -232,7 +201,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::kProducerRegisters));
         if (threadIdx.x == 0) {
             for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-                const TileAt place = tile_at(index, row_tiles, column_tiles, band);
+                const TileAt place = tile_at(index, row_tiles, column_tiles, kBand);
                 const int m0 = place.row * S::kTileM, n0 = place.column * S::kTileN;
                 for (int tile = 0; tile < byte_tiles + rank_tiles; ++tile) {
                     barrier_wait(empty + 8 * ring.slot, ring.phase ^ 1);
@@ -253,7 +222,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
         const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
         float* columns = reinterpret_cast<float*>(shared + kBarrierBytes) + (group - 1) * 2 * S::kTileN;
         for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-            const TileAt place = tile_at(index, row_tiles, column_tiles, band);
+            const TileAt place = tile_at(index, row_tiles, column_tiles, kBand);
             const int row = place.row * S::kTileM + (group - 1) * 64 + group_row(thread, 0);
             const int column = place.column * S::kTileN;
             const Margins<T, S::kTileN> margins(p, row, column, thread);
@@ -276,32 +245,6 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     }
 }
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, found without linking the driver's library.
-Encode encoder() {
-    static const Encode found = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-    }();
-    return found;
-}
-
-// An operand of `rows` rows of `width` elements, in boxes of 128 bytes by `box_rows`.
-bool describe(CUtensorMap& map, const void* data, CUtensorMapDataType type, int element, int rows, int width, int box_rows) {
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
-    const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(width) * element};
-    const cuuint32_t box[2] = {static_cast<cuuint32_t>(kRowBytes / element), static_cast<cuuint32_t>(box_rows)};
-    const cuuint32_t steps[2] = {1, 1};
-    return encoder()(&map, type, 2, const_cast<void*>(data), sizes, pitch, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <typename T, int CONSUMERS, int TILE_N>
 cudaError_t launch(const Linear& call, int multiprocessors, cudaStream_t stream) {
     using S = Shape<CONSUMERS, TILE_N>;
@@ -321,20 +264,28 @@ cudaError_t launch(const Linear& call, int multiprocessors, cudaStream_t stream)
     if (error != cudaSuccess) return error;
     const int row_tiles = ceil_div(call.rows, S::kTileM), column_tiles = ceil_div(call.columns, S::kTileN);
     const int tiles = row_tiles * column_tiles;
-    kernel<<<tiles < multiprocessors ? tiles : multiprocessors, S::kThreads, S::kSharedBytes, stream>>>(
-        maps, call, row_tiles, column_tiles, getenv("TUNE_BAND") ? atoi(getenv("TUNE_BAND")) : kBand);
-    return cudaGetLastError();
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(tiles < multiprocessors ? tiles : multiprocessors);
+    config.blockDim = dim3(S::kThreads);
+    config.dynamicSmemBytes = S::kSharedBytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, maps, call, row_tiles, column_tiles);
 }
 
 // The tile that needs the least time: rounds over the chip times the area of a tile.
 int choose(const Linear& call, int multiprocessors) {
     constexpr struct {
-        int kernel, tile_m, tile_n, cost;  // cost of 1024 products, relative
+        int kernel, tile_m, tile_n, cost;  // cost: of a product, relative, as measured on an H100
     } kTiles[] = {
-        {kWgmma128x256, 128, 256, 100},
-        {kWgmma192x192, 192, 192, 104},
-        {kWgmma128x192, 128, 192, 108},
-        {kWgmma128x128, 128, 128, 120},
+        {kWgmma128x256, 128, 256, 106},
+        {kWgmma192x192, 192, 192, 100},
+        {kWgmma128x192, 128, 192, 113},
+        {kWgmma128x128, 128, 128, 118},
     };
     int best = kWgmma128x256;
     int64_t least = INT64_MAX;

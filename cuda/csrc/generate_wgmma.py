@@ -10,22 +10,19 @@ import argparse
 import sys
 from pathlib import Path
 
-#: Columns of a tile; rows are always 64.
-WIDTHS = (128, 192, 256)
-
-#: C++ type of an operand element -> (PTX types and K, what follows the predicate).
+#: C++ type of an operand element -> (PTX types and K, what follows the predicate, columns of tiles; rows are always 64).
 TYPES = {
-    "int8_t": ("k32.s32.s8.s8", ""),
-    "__nv_bfloat16": ("k16.f32.bf16.bf16", ", 1, 1, 0, 0"),
-    "__half": ("k16.f32.f16.f16", ", 1, 1, 0, 0"),
+    "int8_t": ("k32.s32.s8.s8", "", (128, 192, 256)),
+    "__nv_bfloat16": ("k16.f32.bf16.bf16", ", 1, 1, 0, 0", (64, 128, 192, 256)),
+    "__half": ("k16.f32.f16.f16", ", 1, 1, 0, 0", (64, 128, 192, 256)),
 }
 
 HEAD = """// Written by generate_wgmma.py; change that.
 //
-// Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by the
-// 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread has
-// N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one can become the
-// other in the same registers; with two arrays the compiler keeps both and spills.
+// Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by
+// the 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread
+// has N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one can become
+// the other in the same registers; with two arrays the compiler keeps both and spills.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -41,7 +38,7 @@ struct Wgmma;
 
 
 def wrapper(operand: str, width: int) -> str:
-    ptx, tail = TYPES[operand]
+    ptx, tail, _ = TYPES[operand]
     count = width // 2
     lines = [", ".join(f"%{i}" for i in range(at, min(at + 16, count))) for at in range(0, count, 16)]
     registers = ',"\n            "'.join(lines)
@@ -65,7 +62,9 @@ struct Wgmma<{operand}, {width}> {{
 
 def text() -> str:
     return (
-        HEAD + "".join(wrapper(operand, width) for operand in TYPES for width in WIDTHS) + "\n}  // namespace lorafmt\n"
+        HEAD
+        + "".join(wrapper(operand, width) for operand in TYPES for width in TYPES[operand][2])
+        + "\n}  // namespace lorafmt\n"
     )
 
 

@@ -1,9 +1,9 @@
 // Written by generate_wgmma.py; change that.
 //
-// Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by the
-// 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread has
-// N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one can become the
-// other in the same registers; with two arrays the compiler keeps both and spills.
+// Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by
+// the 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread
+// has N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one can become
+// the other in the same registers; with two arrays the compiler keeps both and spills.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -117,6 +117,25 @@ struct Wgmma<int8_t, 256> {
 };
 
 template <>
+struct Wgmma<__nv_bfloat16, 64> {
+    static __device__ __forceinline__ void run(uint32_t (&acc)[32], uint64_t a, uint64_t b, int keep) {
+        asm volatile(
+            "{.reg .pred p; setp.ne.b32 p, %34, 0;"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+            "}, %32, %33, p, 1, 1, 0, 0;}"
+            : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3]), "+r"(acc[4]), "+r"(acc[5]),
+              "+r"(acc[6]), "+r"(acc[7]), "+r"(acc[8]), "+r"(acc[9]), "+r"(acc[10]), "+r"(acc[11]),
+              "+r"(acc[12]), "+r"(acc[13]), "+r"(acc[14]), "+r"(acc[15]), "+r"(acc[16]), "+r"(acc[17]),
+              "+r"(acc[18]), "+r"(acc[19]), "+r"(acc[20]), "+r"(acc[21]), "+r"(acc[22]), "+r"(acc[23]),
+              "+r"(acc[24]), "+r"(acc[25]), "+r"(acc[26]), "+r"(acc[27]), "+r"(acc[28]), "+r"(acc[29]),
+              "+r"(acc[30]), "+r"(acc[31])
+            : "l"(a), "l"(b), "r"(keep));
+    }
+};
+
+template <>
 struct Wgmma<__nv_bfloat16, 128> {
     static __device__ __forceinline__ void run(uint32_t (&acc)[64], uint64_t a, uint64_t b, int keep) {
         asm volatile(
@@ -212,6 +231,25 @@ struct Wgmma<__nv_bfloat16, 256> {
               "+r"(acc[114]), "+r"(acc[115]), "+r"(acc[116]), "+r"(acc[117]), "+r"(acc[118]), "+r"(acc[119]),
               "+r"(acc[120]), "+r"(acc[121]), "+r"(acc[122]), "+r"(acc[123]), "+r"(acc[124]), "+r"(acc[125]),
               "+r"(acc[126]), "+r"(acc[127])
+            : "l"(a), "l"(b), "r"(keep));
+    }
+};
+
+template <>
+struct Wgmma<__half, 64> {
+    static __device__ __forceinline__ void run(uint32_t (&acc)[32], uint64_t a, uint64_t b, int keep) {
+        asm volatile(
+            "{.reg .pred p; setp.ne.b32 p, %34, 0;"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+            "}, %32, %33, p, 1, 1, 0, 0;}"
+            : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3]), "+r"(acc[4]), "+r"(acc[5]),
+              "+r"(acc[6]), "+r"(acc[7]), "+r"(acc[8]), "+r"(acc[9]), "+r"(acc[10]), "+r"(acc[11]),
+              "+r"(acc[12]), "+r"(acc[13]), "+r"(acc[14]), "+r"(acc[15]), "+r"(acc[16]), "+r"(acc[17]),
+              "+r"(acc[18]), "+r"(acc[19]), "+r"(acc[20]), "+r"(acc[21]), "+r"(acc[22]), "+r"(acc[23]),
+              "+r"(acc[24]), "+r"(acc[25]), "+r"(acc[26]), "+r"(acc[27]), "+r"(acc[28]), "+r"(acc[29]),
+              "+r"(acc[30]), "+r"(acc[31])
             : "l"(a), "l"(b), "r"(keep));
     }
 };
