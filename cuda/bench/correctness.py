@@ -15,6 +15,8 @@ from lorafmt.runtime.quantize import quantize_weight
 ROWS = (1, 17, 77, 128, 193, 515)
 SHAPES = ((16, 8), (208, 264), (1040, 520), (3072, 1000))
 RANKS = (0, 8, 32, 64, 160, 328)
+#: (M, K, N, R) with many more tiles than multiprocessors.
+LARGE = ((4608, 1040, 3080, 72), (4600, 15360, 1536, 64), (2000, 3072, 9216, 0))
 KERNELS = {
     "mma": ops.MMA,
     "wgmma 128x256": ops.WGMMA_128x256,
@@ -153,6 +155,9 @@ def check_all(kernels: dict[str, int], seed: int) -> dict[str, object]:
     cases = 0
     for dtype, (k, n), m, r in itertools.product((torch.bfloat16, torch.float16), SHAPES, ROWS, RANKS):
         failures += check_case(m, k, n, r, dtype, seed + cases, kernels)
+        cases += 1
+    for shape in LARGE:
+        failures += check_case(*shape, torch.bfloat16, seed + cases, kernels)
         cases += 1
     torch.cuda.synchronize()
     return {"cases": cases, "kernels": list(kernels), "failures": [asdict(failure) for failure in failures]}

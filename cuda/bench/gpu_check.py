@@ -9,6 +9,7 @@ Builds the kernels if they are not there, ends inside ten minutes, prints a shor
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -16,10 +17,29 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "python")]
+
+import build  # noqa: E402
+
+
+def ensure_library() -> None:
+    """Builds beside the module if there is no library yet; it is looked for when the operators are imported."""
+    if not os.environ.get("LORAFMT_CUDA_LIBRARY") and not build.TARGET.exists():
+        print(f"built in {build.build().seconds:.0f} s", flush=True)
+
+
+ensure_library()
+
+import torch  # noqa: E402
+
+import baselines  # noqa: E402
+from correctness import KERNELS, check_all  # noqa: E402
+from lorafmt import runtime  # noqa: E402
+from timing import Replay, copy_rate, in_turn, product_rate  # noqa: E402
 
 #: (K, N) of the linears of a FLUX.1 transformer.
 SHAPES = ((3072, 3072), (3072, 9216), (3072, 12288), (12288, 3072), (15360, 3072))
@@ -28,20 +48,8 @@ SMALL_ROWS = (1, 16, 256)
 RANK = 64
 
 
-def ensure_library() -> None:
-    """Builds beside the module if there is no library yet."""
-    import build
-
-    if not os.environ.get("LORAFMT_CUDA_LIBRARY") and not build.TARGET.exists():
-        print(f"built in {build.build().seconds:.0f} s", flush=True)
-
-
 def environment() -> dict[str, object]:
     """Hardware and versions."""
-    import torch
-
-    from lorafmt import runtime
-
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
     smi = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     properties = torch.cuda.get_device_properties(0)
@@ -59,31 +67,32 @@ def environment() -> dict[str, object]:
 
 def ceilings() -> dict[str, float]:
     """What the machine does at best, as torch reaches it."""
-    from timing import copy_rate, product_rate
-
     return {"copy TB/s": copy_rate(), "bf16 product TFLOP/s": product_rate()}
 
 
 def kernels() -> dict[str, int]:
     """The kernels that this chip has."""
-    import torch
-    from correctness import KERNELS
-
     hopper = torch.cuda.get_device_capability(0) == (9, 0)
     return {name: kernel for name, kernel in KERNELS.items() if hopper or name == "mma"}
 
 
 def time_shape(m: int, k: int, n: int, r: int, compiled: bool, variants: bool) -> dict[str, float]:
     """Microseconds of everything at one shape. Inputs rotate over more bytes than the cache holds."""
-    import baselines
-    from timing import replay_time
-
-    import torch
-
     torch._dynamo.config.recompile_limit = 64  # one program for each shape
     sets = min(6, max(2, math.ceil(150e6 / (m * k * 2 + n * k * 2 + m * n * 2))))
     cases = [baselines.Case.random(m, k, n, r, seed) for seed in range(sets)]
-    rivals = {
+    replays = {}
+    for name, make in rivals(m, compiled, variants).items():
+        try:
+            replays[name] = Replay([make(case) for case in cases])
+        except Exception as error:
+            print(f"{name} at {(m, k, n, r)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    return in_turn(replays)
+
+
+def rivals(m: int, compiled: bool, variants: bool) -> dict[str, Callable[[baselines.Case], baselines.Call]]:
+    """Name -> what makes a call out of a case."""
+    found = {
         "B0 merged": baselines.merged,
         "B1 separate, eager": baselines.separate_eager,
         "fused": baselines.fused,
@@ -91,24 +100,18 @@ def time_shape(m: int, k: int, n: int, r: int, compiled: bool, variants: bool) -
         "G": baselines.product_only,
     }
     if compiled:
-        rivals["B1 separate, compiled"] = baselines.separate_compiled
-        rivals["B2 fp8"] = baselines.fp8_separate
-        rivals["scaled_mm alone"] = baselines.scaled_mm_only
+        found["B1 separate, compiled"] = baselines.separate_compiled
+        found["B2 fp8"] = baselines.fp8_separate
+        found["scaled_mm alone"] = baselines.scaled_mm_only
         if m > 16:
-            rivals["B3 int8"] = baselines.int8_separate
             import triton_fused
 
-            rivals["B4 triton"] = triton_fused.fused
+            found["B3 int8"] = baselines.int8_separate
+            found["B4 triton"] = triton_fused.fused
     if variants:
         for name, kernel in kernels().items():
-            rivals[f"G {name}"] = lambda case, kernel=kernel: baselines.product_only(case, kernel)
-    times = {}
-    for name, make in rivals.items():
-        try:
-            times[name] = replay_time([make(case) for case in cases])
-        except Exception as error:
-            print(f"{name} at {(m, k, n, r)}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-    return times
+            found[f"G {name}"] = functools.partial(baselines.product_only, kernel=kernel)
+    return found
 
 
 def ratios(times: dict[str, float]) -> dict[str, float]:
@@ -150,6 +153,8 @@ def sanitizer(seconds: int) -> dict[str, str]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
             lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line or line.startswith("[")]
             found[tool] = " ".join(lines)[-200:] or (done.stdout + done.stderr)[-200:]
+            if " 0 errors" not in found[tool] and "(0 errors" not in found[tool]:
+                print(done.stdout[-4000:], flush=True)
         except (OSError, subprocess.TimeoutExpired) as error:
             found[tool] = f"not run: {type(error).__name__}"
     return found
@@ -165,7 +170,6 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    ensure_library()
     report: dict[str, object] = {"seed": options.seed, "environment": environment()}
     print(json.dumps(report["environment"], indent=1), flush=True)
 
@@ -178,8 +182,6 @@ def main() -> int:
     note("ceilings", ceilings())
     wrong = 0
     if "correctness" not in options.skip:
-        from correctness import check_all
-
         checked = check_all(kernels(), options.seed)
         wrong = len(checked["failures"])  # type: ignore[arg-type]
         note("correctness", checked)

@@ -8,30 +8,52 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def replay_time(calls: Sequence[Callable[[], object]], replays: int = 25, warm: int = 3) -> float:
-    """Microseconds of one call: the median over ``replays`` of a graph of all ``calls``, divided by their number."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    for _ in range(warm):
-        graph.replay()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(replays):
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    graph.reset()
-    return statistics.median(times) * 1000 / len(calls)
+class Replay:
+    """A graph of ``calls``, and the times of its replays in microseconds of one call."""
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in calls:
+                call()
+        self.count = len(calls)
+        self.times: list[float] = []
+
+    def run(self, replays: int, warm: int = 2) -> None:
+        """Replays ``warm`` times without and ``replays`` times with the clock."""
+        for _ in range(warm):
+            self.graph.replay()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(replays):
+            start.record()
+            self.graph.replay()
+            stop.record()
+            stop.synchronize()
+            self.times.append(start.elapsed_time(stop) * 1000 / self.count)
+
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+def replay_time(calls: Sequence[Callable[[], object]], replays: int = 25) -> float:
+    """Microseconds of one call: the median of ``replays`` replays."""
+    replay = Replay(calls)
+    replay.run(replays)
+    return replay.median()
+
+
+def in_turn(replays: dict[str, Replay], rounds: int = 5, each: int = 6) -> dict[str, float]:
+    """Medians of all, taken in turn, so that what the card's power and heat do to one, they do to all."""
+    for _ in range(rounds):
+        for replay in replays.values():
+            replay.run(each)
+    return {name: replay.median() for name, replay in replays.items()}
 
 
 def copy_rate(gigabytes: float = 2.0) -> float:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from baselines import Case, _compile, _rowwise_int8
 from torch import Tensor
+
+from baselines import Case, _compile, _rowwise_int8
 
 
 def _configs() -> list[triton.Config]:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-#: C++ type of an operand element -> (PTX types and K, what follows the predicate, columns of tiles; rows are always 64).
+#: C++ type of an operand element -> (PTX types and K, what follows the predicate, columns of tiles; rows are 64).
 TYPES = {
     "int8_t": ("k32.s32.s8.s8", "", (128, 192, 256)),
     "__nv_bfloat16": ("k16.f32.bf16.bf16", ", 1, 1, 0, 0", (64, 128, 192, 256)),
@@ -20,9 +20,9 @@ TYPES = {
 HEAD = """// Written by generate_wgmma.py; change that.
 //
 // Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by
-// the 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread
-// has N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one can become
-// the other in the same registers; with two arrays the compiler keeps both and spills.
+// the 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every
+// thread has N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one
+// can become the other in the same registers; with two arrays the compiler keeps both and spills.
 #pragma once
 
 #include <cuda_bf16.h>

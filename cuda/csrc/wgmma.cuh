@@ -1,9 +1,9 @@
 // Written by generate_wgmma.py; change that.
 //
 // Wgmma<T, N>::run(acc, a, b, keep): acc[64, N] = (keep ? acc : 0) + A[64, 32 bytes] * B[N, 32 bytes]^T, issued by
-// the 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every thread
-// has N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one can become
-// the other in the same registers; with two arrays the compiler keeps both and spills.
+// the 128 threads of a warpgroup. `a` and `b` are descriptors of K-major tiles in shared memory (layout.h). Every
+// thread has N / 2 accumulators: integers for bytes, floats for 16-bit operands. Both are words here, so that the one
+// can become the other in the same registers; with two arrays the compiler keeps both and spills.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -8,8 +8,7 @@ the library of ``cuda/`` is there and has code for the GPU, and compositions of 
 from __future__ import annotations
 
 from .library import status
-
-# from .linear import FusedLinear, quantize_
+from .linear import FusedLinear, quantize_
 from .quantize import quantize_weight
 
 __all__ = ["FusedLinear", "quantize_", "quantize_weight", "status"]

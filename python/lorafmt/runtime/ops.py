@@ -112,6 +112,7 @@ def _quantize_down(
     x: Tensor, down: Tensor, strength: Tensor, inv_smooth: Tensor | None = None, active: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_down(x, down, strength, inv_smooth, active)
+    x = x.contiguous()
     raw = x.float()
     smoothed = raw if inv_smooth is None else raw * inv_smooth
     largest = smoothed.abs().amax(dim=1, keepdim=True).clamp_min(TINY)
