@@ -71,7 +71,8 @@ def _close(y: Tensor, exact: Tensor, unit: float) -> str | None:
     relative = (error.norm() / exact.norm().clamp_min(1e-30)).item()
     scale = torch.maximum(exact.abs(), exact.square().mean().sqrt())
     worst = (error / scale.clamp_min(1e-30)).max().item() if error.numel() else 0.0
-    if relative <= unit * 0.75 and worst <= 2 * unit:
+    # Of a few numbers all may be unlucky; no rounding is worse than a unit.
+    if relative <= unit * (0.75 if y.numel() > 1000 else 1.02) and worst <= 2 * unit:
         return None
     return f"relative {relative:.2e}, worst {worst:.2e}"
 
@@ -149,9 +150,29 @@ def check_integers(kernels: dict[str, int]) -> list[Failure]:
     return failures
 
 
+def check_special(kernels: dict[str, int]) -> list[Failure]:
+    """Rows of zeros give the bias; a NaN or an infinity in a row makes that row's results so, and no other's."""
+    failures = []
+    m, k, n, r = 70, 1536, 264, 16
+    gpu = {
+        name: None if value is None else value.cuda() for name, value in _inputs(m, k, n, r, torch.bfloat16, 7).items()
+    }
+    x = gpu["x"]
+    x[3], x[5, 1000], x[40, 7], x[69, 1535] = 0, float("nan"), float("inf"), -float("inf")
+    xq, xscale, t = ops.quantize_down(x, gpu["down"], gpu["strength"])
+    odd = torch.zeros(m, dtype=torch.bool, device="cuda")
+    odd[[5, 40, 69]] = True
+    for name, kernel in kernels.items():
+        y = ops.linear_w8a8(xq, xscale, gpu["wq"], gpu["wscale"], t, gpu["up"], gpu["bias"], None, kernel)
+        good = y[~odd].isfinite().all() and not y[odd].isfinite().any() and _same(y[3], gpu["bias"])
+        if not good:
+            failures.append(Failure("special rows", name, (m, k, n, r), "bfloat16", ""))
+    return failures
+
+
 def check_all(kernels: dict[str, int], seed: int) -> dict[str, object]:
     """The whole grid; what is returned can be written as JSON."""
-    failures = check_integers(kernels)
+    failures = check_integers(kernels) + check_special(kernels)
     cases = 0
     for dtype, (k, n), m, r in itertools.product((torch.bfloat16, torch.float16), SHAPES, ROWS, RANKS):
         failures += check_case(m, k, n, r, dtype, seed + cases, kernels)

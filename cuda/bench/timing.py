@@ -22,7 +22,7 @@ class Replay:
         with torch.cuda.graph(self.graph):
             for call in calls:
                 call()
-        self.count = len(calls)
+        self.calls = calls  # which hold the inputs
         self.times: list[float] = []
 
     def run(self, replays: int, warm: int = 2) -> None:
@@ -35,7 +35,7 @@ class Replay:
             self.graph.replay()
             stop.record()
             stop.synchronize()
-            self.times.append(start.elapsed_time(stop) * 1000 / self.count)
+            self.times.append(start.elapsed_time(stop) * 1000 / len(self.calls))
 
     def median(self) -> float:
         return statistics.median(self.times)

@@ -40,7 +40,6 @@ struct Head {
     uint64_t x_full[kMaxPanels];
     uint64_t ring_full[kMaxRing], ring_empty[kMaxRing];
     uint32_t largest[64];
-    float factor[64];
 };
 static_assert(sizeof(Head) <= kHeadBytes);
 
@@ -52,174 +51,229 @@ struct Plan {
     int cluster, panels, ring;
 };
 
+// What a block works on, and where its things are.
+template <int RANK_TILES, int ROWS>
+struct Block {
+    static constexpr int kRanks = RANK_TILES * kRankTile;
+    static constexpr int kPanelBytes = ROWS * kRowBytes;
+    static constexpr int kDownBytes = kRanks * kRowBytes;
+    uint8_t* shared;
+    Plan plan;
+    int part, first_row, first_k, first_rank;
+
+    __device__ __forceinline__ Block(uint8_t* shared, const Plan& plan)
+        : shared(shared),
+          plan(plan),
+          part(blockIdx.x % plan.cluster),
+          first_row(blockIdx.x / plan.cluster * ROWS),
+          first_k(part * plan.panels * kPanel),
+          first_rank(blockIdx.y * kMaxRankTiles * kRankTile) {}
+
+    __device__ __forceinline__ Head& head() const { return *reinterpret_cast<Head*>(shared); }
+    __device__ __forceinline__ uint8_t* panel(int i) const { return shared + kHeadBytes + i * kPanelBytes; }
+    __device__ __forceinline__ uint8_t* ring(int slot) const { return panel(plan.panels) + slot * kDownBytes; }
+    // When all products are done, the ring is the buffer for t.
+    __device__ __forceinline__ float* sums() const { return reinterpret_cast<float*>(ring(0)); }
+
+    __device__ __forceinline__ uint32_t x_full(int i) const { return shared_address(&head().x_full[i]); }
+    __device__ __forceinline__ uint32_t ring_full(int slot) const { return shared_address(&head().ring_full[slot]); }
+    __device__ __forceinline__ uint32_t ring_empty(int slot) const { return shared_address(&head().ring_empty[slot]); }
+};
+
+// One thread: all of x is on its way at once; down follows as its ring is emptied.
+template <int RANK_TILES, int ROWS>
+__device__ __forceinline__ void fetch(const Block<RANK_TILES, ROWS>& at, const Maps& maps) {
+    using B = Block<RANK_TILES, ROWS>;
+    auto fetch_down = [&](int panel, int slot) {
+        barrier_expect(at.ring_full(slot), B::kDownBytes);
+        const int k = at.first_k + panel * kPanel;
+        fetch_tile(shared_address(at.ring(slot)), maps.down, at.ring_full(slot), k, at.first_rank);
+    };
+    for (int panel = 0; panel < at.plan.panels; ++panel) {
+        barrier_expect(at.x_full(panel), B::kPanelBytes);
+        const int k = at.first_k + panel * kPanel;
+        fetch_tile(shared_address(at.panel(panel)), maps.x, at.x_full(panel), k, at.first_row);
+        if (panel < at.plan.ring) fetch_down(panel, panel);
+    }
+    if constexpr (RANK_TILES > 0) {
+        for (int panel = at.plan.ring; panel < at.plan.panels; ++panel) {
+            const int slot = panel % at.plan.ring, round = panel / at.plan.ring;
+            barrier_wait(at.ring_empty(slot), (round - 1) & 1);
+            fetch_down(panel, slot);
+        }
+    }
+}
+
+// One warpgroup: this slice's part of t, into the buffer. Products have 64 rows; where a block has 32, the others are those
+// of the next tile, whatever they are.
+template <typename T, int RANK_TILES, int ROWS>
+__device__ __forceinline__ void multiply(const Block<RANK_TILES, ROWS>& at, int thread) {
+    using B = Block<RANK_TILES, ROWS>;
+    uint32_t acc[B::kRanks / 2];
+    for (int panel = 0; panel < at.plan.panels; ++panel) {
+        const int slot = panel % at.plan.ring;
+        barrier_wait(at.x_full(panel), 0);
+        barrier_wait(at.ring_full(slot), (panel / at.plan.ring) & 1);
+        const uint64_t a = tile_descriptor(shared_address(at.panel(panel)));
+        const uint64_t b = tile_descriptor(shared_address(at.ring(slot)));
+        product_fence();
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const int skip = step * (kStepBytes / 16);
+            Wgmma<T, B::kRanks>::run(acc, a + skip, b + skip, panel > 0 || step > 0);
+        }
+        product_commit();
+        product_wait<0>();
+        if (thread == 0) barrier_arrive(at.ring_empty(slot));
+    }
+    asm volatile("bar.sync 1, 128;" ::: "memory");  // all products are done: the ring is free
+    if (thread < ROWS * 2) {
+#pragma unroll
+        for (int i = 0; i < B::kRanks / 2; i += 2) {
+            float* to = at.sums() + sum_at(group_row(thread, i), group_column(thread, i), B::kRanks);
+            *reinterpret_cast<float2*>(to) = make_float2(__uint_as_float(acc[i]), __uint_as_float(acc[i + 1]));
+        }
+    }
+}
+
+// The other warpgroup: the largest magnitude of each row of the slice. A few threads have a row, each some chunks of a tile.
+template <typename T, int RANK_TILES, int ROWS>
+__device__ __forceinline__ void find_largest(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p, int thread) {
+    constexpr int kTeam = 128 / ROWS, kEach = kChunks / kTeam;
+    const int row = thread / kTeam, chunk = thread % kTeam * kEach;
+    uint32_t largest = 0;
+    for (int panel = 0; panel < at.plan.panels; ++panel) {
+        barrier_wait(at.x_full(panel), 0);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int k = at.first_k + panel * kPanel + (chunk + i) * 8;
+            if (k < p.width) {
+                const uint4 raw = *reinterpret_cast<const uint4*>(at.panel(panel) + chunk_offset(row, chunk + i));
+                largest = largest_of<T>(raw, p.inv_smooth, k, largest);
+            }
+        }
+    }
+#pragma unroll
+    for (int step = 1; step < kTeam; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    if (thread % kTeam == 0) at.head().largest[row] = largest;
+}
+
+// Rows of a warp: warp, warp + 8, ... Half a warp asks the blocks of the cluster for their maximum of one of them.
+template <int RANK_TILES, int ROWS>
+struct Rows {
+    static constexpr int kStride = kWorkers / 32, kCount = ROWS / kStride;
+    float largest[kCount / 2];  // of rows 2 i in lanes 0-15, of rows 2 i + 1 in lanes 16-31
+
+    __device__ __forceinline__ Rows(const Block<RANK_TILES, ROWS>& at, int warp, int lane) {
+        static_assert(kMaxCluster == 16);
+        const int peer = lane & 15;
+        uint32_t found[kCount / 2];
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+            const int row = warp + (2 * i + lane / 16) * kStride;
+            const uint32_t from = in_peer(shared_address(&at.head().largest[row]), peer < at.plan.cluster ? peer : 0);
+            asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(found[i]) : "r"(from));
+        }
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+#pragma unroll
+            for (int step = 1; step < 16; step *= 2) found[i] = max(found[i], __shfl_xor_sync(0xffffffffu, found[i], step));
+            largest[i] = __uint_as_float(max(found[i], magnitude(kTiny)));
+        }
+    }
+
+    // Of the i-th row of the warp, in every lane.
+    __device__ __forceinline__ float of(int i) const { return __shfl_sync(0xffffffffu, largest[i / 2], i % 2 * 16); }
+};
+
+// All threads of the cluster share out its pairs of ranks: sums over the blocks, in their order.
+template <typename T, int RANK_TILES, int ROWS>
+__device__ __forceinline__ void write_t(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p, int active, int thread) {
+    constexpr int kRanks = RANK_TILES * kRankTile, kPairs = kRanks / 2;
+    T* t = static_cast<T*>(p.t);
+    for (int i = at.part * kThreads + thread; i < ROWS * kPairs; i += at.plan.cluster * kThreads) {
+        const int row = i / kPairs, column = i % kPairs * 2, rank = at.first_rank + column;
+        if (at.first_row + row < p.rows && rank < p.rank) {
+            const uint32_t address = shared_address(at.sums() + sum_at(row, column, kRanks));
+            float2 all[kMaxCluster];
+#pragma unroll
+            for (int peer = 0; peer < kMaxCluster; ++peer) {
+                const uint32_t from = in_peer(address, peer < at.plan.cluster ? peer : 0);
+                asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(all[peer].x), "=f"(all[peer].y) : "r"(from));
+            }
+            float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+            for (int peer = 0; peer < kMaxCluster; ++peer) {
+                if (peer < at.plan.cluster) sum = make_float2(__fadd_rn(sum.x, all[peer].x), __fadd_rn(sum.y, all[peer].y));
+            }
+            const float first = rank < active ? __fmul_rn(sum.x, p.strength[rank]) : 0.0f;
+            const float second = rank + 1 < active ? __fmul_rn(sum.y, p.strength[rank + 1]) : 0.0f;
+            T* to = t + static_cast<int64_t>(at.first_row + row) * p.rank + rank;
+            *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(first, second);
+        }
+    }
+}
+
+template <typename T, int RANK_TILES, int ROWS>
+__device__ __forceinline__ void write_codes(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p,
+                                            const Rows<RANK_TILES, ROWS>& rows, int warp, int lane) {
+    using R = Rows<RANK_TILES, ROWS>;
+    const int chunks = at.plan.panels * kChunks;
+#pragma unroll
+    for (int i = 0; i < R::kCount; ++i) {
+        const int row = warp + i * R::kStride, m = at.first_row + row;
+        const float largest = rows.of(i);
+        if (m < p.rows) {
+            const float factor = __fdiv_rn(kLimit, largest);
+            if (at.part == 0 && lane == 0) p.xscale[m] = __fdiv_rn(largest, kLimit);
+            int8_t* to = p.xq + static_cast<int64_t>(m) * p.width;
+            for (int chunk = lane; chunk < chunks; chunk += 32) {
+                const int k = at.first_k + chunk * 8;
+                if (k < p.width) {
+                    const uint8_t* from = at.panel(chunk / kChunks) + chunk_offset(row, chunk % kChunks);
+                    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+                    *reinterpret_cast<uint2*>(to + k) = eight_codes<T>(raw, p.inv_smooth, k, factor);
+                }
+            }
+        }
+    }
+}
+
 template <typename T, int RANK_TILES, int ROWS>
 __global__ void __launch_bounds__(kThreads, RANK_TILES < 3 ? 2 : 1)
     prologue(const __grid_constant__ Maps maps, const __grid_constant__ QuantizeDown p, const __grid_constant__ Plan plan) {
-    constexpr int kRanks = RANK_TILES * kRankTile;
-    constexpr int kPanelBytes = ROWS * kRowBytes;
-    constexpr int kDownBytes = kRanks * kRowBytes;
     extern __shared__ __align__(1024) uint8_t shared[];
-    Head& head = *reinterpret_cast<Head*>(shared);
-    const uint32_t panels_base = shared_address(shared) + kHeadBytes;
-    const uint32_t ring_base = panels_base + plan.panels * kPanelBytes;
-    // When all products are done, the ring is the buffer for t.
-    float* sums = reinterpret_cast<float*>(shared + kHeadBytes + plan.panels * kPanelBytes);
-
+    const Block<RANK_TILES, ROWS> at(shared, plan);
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    const int part = blockIdx.x % plan.cluster;
-    const int first_row = blockIdx.x / plan.cluster * ROWS;
-    const int first_k = part * plan.panels * kPanel;
-    const int first_rank = blockIdx.y * kMaxRankTiles * kRankTile;
     const int active = p.active == nullptr ? p.rank : min(max(*p.active, 0), p.rank);
     if (thread == 0) {
-        for (int panel = 0; panel < plan.panels; ++panel) barrier_init(shared_address(&head.x_full[panel]), 1);
+        for (int panel = 0; panel < plan.panels; ++panel) barrier_init(at.x_full(panel), 1);
         for (int slot = 0; slot < plan.ring; ++slot) {
-            barrier_init(shared_address(&head.ring_full[slot]), 1);
-            barrier_init(shared_address(&head.ring_empty[slot]), 1);
+            barrier_init(at.ring_full(slot), 1);
+            barrier_init(at.ring_empty(slot), 1);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
     allow_next();
 
-    if (warp == kWorkers / 32) {
-        auto fetch_x = [&](int panel) {
-            const uint32_t barrier = shared_address(&head.x_full[panel]);
-            barrier_expect(barrier, kPanelBytes);
-            fetch_tile(panels_base + panel * kPanelBytes, maps.x, barrier, first_k + panel * kPanel, first_row);
-        };
-        auto fetch_down = [&](int panel, int slot) {
-            const uint32_t barrier = shared_address(&head.ring_full[slot]);
-            barrier_expect(barrier, kDownBytes);
-            fetch_tile(ring_base + slot * kDownBytes, maps.down, barrier, first_k + panel * kPanel, first_rank);
-        };
-        if (lane == 0) {
-            // All of x is on its way at once; down follows as its ring is emptied.
-            for (int panel = 0; panel < plan.panels; ++panel) {
-                fetch_x(panel);
-                if (panel < plan.ring) fetch_down(panel, panel);
-            }
-            if constexpr (RANK_TILES > 0) {
-                for (int panel = plan.ring; panel < plan.panels; ++panel) {
-                    const int slot = panel % plan.ring, round = panel / plan.ring;
-                    barrier_wait(shared_address(&head.ring_empty[slot]), (round - 1) & 1);
-                    fetch_down(panel, slot);
-                }
-            }
-        }
-        __syncwarp();
-    } else if (warp < 4) {
-        if constexpr (RANK_TILES > 0) {
-            // Products have 64 rows; where a block has 32, the others are those of the next tile, whatever they are.
-            uint32_t acc[kRanks / 2];
-            for (int panel = 0; panel < plan.panels; ++panel) {
-                const int slot = panel % plan.ring;
-                barrier_wait(shared_address(&head.x_full[panel]), 0);
-                barrier_wait(shared_address(&head.ring_full[slot]), (panel / plan.ring) & 1);
-                const uint64_t a = tile_descriptor(panels_base + panel * kPanelBytes);
-                const uint64_t b = tile_descriptor(ring_base + slot * kDownBytes);
-                product_fence();
-#pragma unroll
-                for (int step = 0; step < kSteps; ++step) {
-                    Wgmma<T, kRanks>::run(acc, a + step * (kStepBytes / 16), b + step * (kStepBytes / 16), panel > 0 || step > 0);
-                }
-                product_commit();
-                product_wait<0>();
-                if (thread == 0) barrier_arrive(shared_address(&head.ring_empty[slot]));
-            }
-            asm volatile("bar.sync 1, 128;" ::: "memory");  // all products are done: the ring is free
-            if (warp < ROWS / 16) {
-#pragma unroll
-                for (int i = 0; i < kRanks / 2; i += 2) {
-                    *reinterpret_cast<float2*>(sums + sum_at(group_row(thread, i), group_column(thread, i), kRanks)) =
-                        make_float2(__uint_as_float(acc[i]), __uint_as_float(acc[i + 1]));
-                }
-            }
-        }
-    } else {
-        // A few threads have a row, each some of the eight chunks of a tile.
-        constexpr int kTeam = 128 / ROWS, kEach = kChunks / kTeam;
-        const int row = (thread - 128) / kTeam, chunk = thread % kTeam * kEach;
-        uint32_t largest = 0;
-        for (int panel = 0; panel < plan.panels; ++panel) {
-            barrier_wait(shared_address(&head.x_full[panel]), 0);
-            const uint8_t* tile = shared + kHeadBytes + panel * kPanelBytes;
-#pragma unroll
-            for (int i = 0; i < kEach; ++i) {
-                const int k = first_k + panel * kPanel + (chunk + i) * 8;
-                if (k < p.width) {
-                    const uint4 raw = *reinterpret_cast<const uint4*>(tile + chunk_offset(row, chunk + i));
-                    largest = largest_of<T>(raw, p.inv_smooth, k, largest);
-                }
-            }
-        }
-#pragma unroll
-        for (int step = 1; step < kTeam; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-        if (lane % kTeam == 0) head.largest[row] = largest;
+    if (thread >= kWorkers) {
+        if (lane == 0) fetch(at, maps);
+    } else if (thread >= 128) {
+        find_largest<T>(at, p, thread - 128);
+    } else if constexpr (RANK_TILES > 0) {
+        multiply<T>(at, thread);
     }
+    __syncthreads();  // the cluster's barrier orders a block's own accesses, too, but tools do not see that
 
     cluster_arrive();
     cluster_wait();
-    if (thread < ROWS) {
-        uint32_t all[kMaxCluster];
-#pragma unroll
-        for (int peer = 0; peer < kMaxCluster; ++peer) {
-            const uint32_t from = in_peer(shared_address(&head.largest[thread]), peer < plan.cluster ? peer : 0);
-            asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(all[peer]) : "r"(from));
-        }
-        uint32_t largest = magnitude(kTiny);
-#pragma unroll
-        for (int peer = 0; peer < kMaxCluster; ++peer) largest = max(largest, all[peer]);
-        const float amax = __uint_as_float(largest);
-        head.factor[thread] = __fdiv_rn(kLimit, amax);
-        const int row = first_row + thread;
-        if (part == 0 && blockIdx.y == 0 && row < p.rows) p.xscale[row] = __fdiv_rn(amax, kLimit);
-    }
-    if constexpr (RANK_TILES > 0) {
-        // Pairs of ranks are shared out among the blocks of the cluster.
-        constexpr int kPairs = kRanks / 2;
-        T* t = static_cast<T*>(p.t);
-        for (int at = part * kThreads + thread; at < ROWS * kPairs; at += plan.cluster * kThreads) {
-            const int row = at / kPairs, column = at % kPairs * 2, rank = first_rank + column;
-            if (first_row + row >= p.rows || rank >= p.rank) continue;
-            const uint32_t address = shared_address(sums + sum_at(row, column, kRanks));
-            float2 all[kMaxCluster];
-#pragma unroll
-            for (int peer = 0; peer < kMaxCluster; ++peer) {
-                const uint32_t from = in_peer(address, peer < plan.cluster ? peer : 0);
-                asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(all[peer].x), "=f"(all[peer].y) : "r"(from));
-            }
-            float2 total = make_float2(0.0f, 0.0f);
-#pragma unroll
-            for (int peer = 0; peer < kMaxCluster; ++peer) {
-                if (peer < plan.cluster) {
-                    total = make_float2(__fadd_rn(total.x, all[peer].x), __fadd_rn(total.y, all[peer].y));
-                }
-            }
-            const float s0 = rank < active ? __fmul_rn(total.x, p.strength[rank]) : 0.0f;
-            const float s1 = rank + 1 < active ? __fmul_rn(total.y, p.strength[rank + 1]) : 0.0f;
-            *reinterpret_cast<uint32_t*>(t + static_cast<int64_t>(first_row + row) * p.rank + rank) = pack_pair<T>(s0, s1);
-        }
-    }
-    cluster_arrive();  // this block has read what it needs of others
-    __syncthreads();
-
-    if (blockIdx.y == 0 && warp < kWorkers / 32) {
-        const int chunks = plan.panels * kChunks;
-        for (int row = warp; row < ROWS && first_row + row < p.rows; row += kWorkers / 32) {
-            const float factor = head.factor[row];
-            int8_t* to = p.xq + static_cast<int64_t>(first_row + row) * p.width;
-#pragma unroll 4
-            for (int chunk = lane; chunk < chunks; chunk += 32) {
-                const int k = first_k + chunk * 8;
-                if (k < p.width) {
-                    const uint8_t* tile = shared + kHeadBytes + (chunk / kChunks) * kPanelBytes;
-                    const uint4 raw = *reinterpret_cast<const uint4*>(tile + chunk_offset(row, chunk % kChunks));
-                    *reinterpret_cast<uint2*>(to + k) = eight_codes<T>(raw, p.inv_smooth, k, factor);
-                }
-            }
-        }
-    }
+    const Rows<RANK_TILES, ROWS> rows(at, warp % Rows<RANK_TILES, ROWS>::kStride, lane);
+    if constexpr (RANK_TILES > 0) write_t<T>(at, p, active, thread);
+    __syncwarp();
+    cluster_arrive();  // what others have is read
+    if (thread < kWorkers && blockIdx.y == 0) write_codes<T>(at, p, rows, warp, lane);
+    __syncwarp();
     cluster_wait();  // nobody leaves while others read its sums
 }
 

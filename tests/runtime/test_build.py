@@ -54,8 +54,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[build.Result]:
 
 def kernels(log: str) -> list[tuple[str, str, int, str]]:
     """Chip, mangled name, registers and the line on stack and spills of every kernel in ptxas' report."""
-    pattern = r"Compiling entry function '(\S+)' for '(\S+)'\n.*?Function properties for \1\n\s*(.*?)\n.*?Used (\d+) registers"
-    return [(chip, name, int(count), line) for name, chip, line, count in re.findall(pattern, log, re.S)]
+    head = r"Compiling entry function '(\S+)' for '(\S+)'\n.*?Function properties for \1\n"
+    found = re.findall(head + r"\s*(.*?)\n.*?Used (\d+) registers", log, re.S)
+    return [(chip, name, int(count), line) for name, chip, line, count in found]
 
 
 def test_nothing_spills(built: build.Result) -> None:
