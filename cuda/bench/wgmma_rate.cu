@@ -10,13 +10,13 @@
 
 using namespace lorafmt;
 
-#define CHECK(call)                                                                                \
-    do {                                                                                           \
-        cudaError_t error = (call);                                                                \
-        if (error != cudaSuccess) {                                                                \
-            printf("%s: %s\n", #call, cudaGetErrorString(error));                                  \
-            exit(1);                                                                               \
-        }                                                                                          \
+#define CHECK(call)                                               \
+    do {                                                          \
+        cudaError_t error = (call);                               \
+        if (error != cudaSuccess) {                               \
+            printf("%s: %s\n", #call, cudaGetErrorString(error)); \
+            exit(1);                                              \
+        }                                                         \
     } while (0)
 
 template <typename T, int N, int GROUPS>

@@ -1,7 +1,7 @@
 // The one file that knows torch: checks tensors, allocates results, finds the stream, calls the kernels.
 //
-// Only the stable part of libtorch is used (target 2.11), no Python and no runtime library of CUDA that is shared, so that
-// one file loads into every torch from 2.11 on. Signatures, fakes and the meaning are in lorafmt/runtime/ops.py.
+// Only the stable part of libtorch is used (target 2.11), no Python and no runtime library of CUDA that is shared, so
+// that one file loads into every torch from 2.11 on. Signatures, fakes and the meaning are in lorafmt/runtime/ops.py.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -54,13 +54,16 @@ cudaStream_t stream(int index) {
 
 // Operands are read in pieces of 16 bytes.
 void check_operand(const Tensor& tensor, const char* name, int index, ScalarType type, int64_t rows, int64_t columns) {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == index, "lorafmt: ", name, " is on another device than x");
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == index, "lorafmt: ", name,
+                    " is on another device than x");
     STD_TORCH_CHECK(tensor.scalar_type() == type, "lorafmt: ", name, " has another type than its signature says");
     const bool matrix = columns >= 0;
-    STD_TORCH_CHECK(tensor.dim() == (matrix ? 2 : 1) && tensor.size(0) == rows && (!matrix || tensor.size(1) == columns),
-                    "lorafmt: ", name, " has another shape than its signature says");
+    STD_TORCH_CHECK(
+        tensor.dim() == (matrix ? 2 : 1) && tensor.size(0) == rows && (!matrix || tensor.size(1) == columns),
+        "lorafmt: ", name, " has another shape than its signature says");
     STD_TORCH_CHECK(tensor.is_contiguous(), "lorafmt: ", name, " is not contiguous");
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, "lorafmt: ", name, " is not aligned to 16 bytes");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0, "lorafmt: ", name,
+                    " is not aligned to 16 bytes");
 }
 
 const int32_t* check_active(const OptionalTensor& active, int index) {
@@ -73,7 +76,8 @@ const int32_t* check_active(const OptionalTensor& active, int index) {
 
 lorafmt::Half half_of(const Tensor& tensor, const char* name) {
     const ScalarType type = tensor.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "lorafmt: ", name, " is neither bfloat16 nor float16");
+    STD_TORCH_CHECK(type == ScalarType::BFloat16 || type == ScalarType::Half, "lorafmt: ", name,
+                    " is neither bfloat16 nor float16");
     return type == ScalarType::Half ? lorafmt::Half::float16 : lorafmt::Half::bfloat16;
 }
 

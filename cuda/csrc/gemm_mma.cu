@@ -1,8 +1,8 @@
 // linear_w8a8 with mma.sync: every chip from sm_80 on.
 //
 // A block has an output tile of 128 x 128, four warps of 64 x 64. K comes in rows of 128 bytes through a ring of three
-// tiles of both operands (96 KB). The last tiles of the walk are not bytes but ranks: 64 values of t and of up, in the same
-// shape, multiplied into the same accumulators after these were rescaled in place.
+// tiles of both operands (96 KB). The last tiles of the walk are not bytes but ranks: 64 values of t and of up, in the
+// same shape, multiplied into the same accumulators after these were rescaled in place.
 #include "device.cuh"
 #include "launch.h"
 
@@ -24,7 +24,8 @@ union Accumulators {
 };
 
 // Brings 128 bytes of each of 128 rows: `from` is the operand, `pitch` its bytes in a row, `at` the byte in the row.
-__device__ __forceinline__ void fetch_rows(uint32_t target, const void* from, int64_t pitch, int first, int rows, int at) {
+__device__ __forceinline__ void fetch_rows(uint32_t target, const void* from, int64_t pitch, int first, int rows,
+                                           int at) {
     const int chunk = threadIdx.x & 7;
     const bool inside = at + chunk * kChunkBytes < pitch;
 #pragma unroll
@@ -38,7 +39,8 @@ __device__ __forceinline__ void fetch_rows(uint32_t target, const void* from, in
 }
 
 template <typename T, typename Acc>
-__device__ __forceinline__ void multiply(Acc (&acc)[kFragmentsM][kFragmentsN][4], uint32_t stage, int warp_m, int warp_n) {
+__device__ __forceinline__ void multiply(Acc (&acc)[kFragmentsM][kFragmentsN][4], uint32_t stage, int warp_m,
+                                         int warp_n) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -82,7 +84,8 @@ __global__ void __launch_bounds__(kThreads) gemm(Linear p, int row_tiles, int co
             const int at = (bytes ? tile : tile - byte_tiles) * kRowBytes;
             const int64_t pitch = bytes ? p.width : 2 * static_cast<int64_t>(p.rank);
             fetch_rows(stage, bytes ? static_cast<const void*>(p.xq) : p.t, pitch, m0, p.rows, at);
-            fetch_rows(stage + kTileM * kRowBytes, bytes ? static_cast<const void*>(p.wq) : p.up, pitch, n0, p.columns, at);
+            fetch_rows(stage + kTileM * kRowBytes, bytes ? static_cast<const void*>(p.wq) : p.up, pitch, n0, p.columns,
+                       at);
         }
         copy_commit();
     };
@@ -162,7 +165,8 @@ __global__ void __launch_bounds__(kThreads) gemm(Linear p, int row_tiles, int co
         const int row = i * 4 + (lane >> 3), m = m0 + warp_m + row;
         if (m < p.rows && n < p.columns) {
             const uint8_t* from = shared + warp * kWarpM * kRowBytes + chunk_offset(row, chunk);
-            *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * p.columns + n) = *reinterpret_cast<const uint4*>(from);
+            *reinterpret_cast<uint4*>(y + static_cast<int64_t>(m) * p.columns + n) =
+                *reinterpret_cast<const uint4*>(from);
         }
     }
 }

@@ -78,11 +78,11 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], int lane) {
     }
 }
 
-// Multiplies `tiles` tiles of the ring into `acc`. A slot is given back when the products that read it are done, which is
-// known one tile later.
+// Multiplies `tiles` tiles of the ring into `acc`. A slot is given back when the products that read it are done, which
+// is known one tile later.
 template <typename T, typename S, int COUNT>
-__device__ __forceinline__ void multiply(uint32_t (&acc)[COUNT], int tiles, bool keep, Ring<S::kStages>& ring, uint32_t ring_base,
-                                         uint32_t full, uint32_t empty, int group) {
+__device__ __forceinline__ void multiply(uint32_t (&acc)[COUNT], int tiles, bool keep, Ring<S::kStages>& ring,
+                                         uint32_t ring_base, uint32_t full, uint32_t empty, int group) {
     int previous = -1;
     for (int tile = 0; tile < tiles; ++tile) {
         barrier_wait(full + 8 * ring.slot, ring.phase);
@@ -92,7 +92,8 @@ __device__ __forceinline__ void multiply(uint32_t (&acc)[COUNT], int tiles, bool
         product_fence();
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-            Wgmma<T, S::kTileN>::run(acc, a + step * (kStepBytes / 16), b + step * (kStepBytes / 16), keep || tile > 0 || step > 0);
+            Wgmma<T, S::kTileN>::run(acc, a + step * (kStepBytes / 16), b + step * (kStepBytes / 16),
+                                     keep || tile > 0 || step > 0);
         }
         product_commit();
         product_wait<1>();
@@ -105,12 +106,10 @@ __device__ __forceinline__ void multiply(uint32_t (&acc)[COUNT], int tiles, bool
 }
 
 // Waits for the 128 threads of a warpgroup.
-__device__ __forceinline__ void group_sync(int group) {
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-}
+__device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
-// What a tile needs besides its operands, on its way from memory while the tile is multiplied: a thread has the scales of
-// its two rows, and scales and biases of every 128th column, which it passes on to its warpgroup.
+// What a tile needs besides its operands, on its way from memory while the tile is multiplied: a thread has the scales
+// of its two rows, and scales and biases of every 128th column, which it passes on to its warpgroup.
 template <typename T, int TILE_N>
 struct Margins {
     static constexpr int kEach = ceil_div(TILE_N, 128);
@@ -118,7 +117,8 @@ struct Margins {
 
     __device__ __forceinline__ Margins(const Linear& p, int row, int column, int thread) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) row_scale[half] = row + 8 * half < p.rows ? p.xscale[row + 8 * half] : 0.0f;
+        for (int half = 0; half < 2; ++half)
+            row_scale[half] = row + 8 * half < p.rows ? p.xscale[row + 8 * half] : 0.0f;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
             const int at = thread + i * 128, n = column + at;
@@ -144,8 +144,8 @@ struct Margins {
 };
 
 template <typename T, int COUNT>
-__device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COUNT], const float* bias, int row, int column,
-                                      int lane) {
+__device__ __forceinline__ void store(const Linear& p, const uint32_t (&acc)[COUNT], const float* bias, int row,
+                                      int column, int lane) {
     T* y = static_cast<T*>(p.y);
 #pragma unroll
     for (int block = 0; block < COUNT / 16; ++block) {  // 32 columns: four accumulator tiles of 8
@@ -260,7 +260,8 @@ cudaError_t launch(const Linear& call, int multiprocessors, cudaStream_t stream)
     }
     if (!good) return cudaErrorInvalidValue;
     auto kernel = gemm<T, S>;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes);
     if (error != cudaSuccess) return error;
     const int row_tiles = ceil_div(call.rows, S::kTileM), column_tiles = ceil_div(call.columns, S::kTileN);
     const int tiles = row_tiles * column_tiles;
@@ -303,11 +304,16 @@ int choose(const Linear& call, int multiprocessors) {
 template <typename T>
 cudaError_t by_kernel(const Linear& call, int kernel, int multiprocessors, cudaStream_t stream) {
     switch (kernel == kAuto ? choose(call, multiprocessors) : kernel) {
-        case kWgmma128x256: return launch<T, 2, 256>(call, multiprocessors, stream);
-        case kWgmma192x192: return launch<T, 3, 192>(call, multiprocessors, stream);
-        case kWgmma128x192: return launch<T, 2, 192>(call, multiprocessors, stream);
-        case kWgmma128x128: return launch<T, 2, 128>(call, multiprocessors, stream);
-        default: return cudaErrorInvalidValue;
+        case kWgmma128x256:
+            return launch<T, 2, 256>(call, multiprocessors, stream);
+        case kWgmma192x192:
+            return launch<T, 3, 192>(call, multiprocessors, stream);
+        case kWgmma128x192:
+            return launch<T, 2, 192>(call, multiprocessors, stream);
+        case kWgmma128x128:
+            return launch<T, 2, 128>(call, multiprocessors, stream);
+        default:
+            return cudaErrorInvalidValue;
     }
 }
 

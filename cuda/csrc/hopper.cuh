@@ -30,11 +30,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int phase) {
         : "memory");
 }
 
-__device__ __forceinline__ void fetch_tile(uint32_t target, const CUtensorMap& map, uint32_t barrier, int column, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-                     target),
-                 "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row)
-                 : "memory");
+__device__ __forceinline__ void fetch_tile(uint32_t target, const CUtensorMap& map, uint32_t barrier, int column,
+                                           int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            target),
+        "l"(reinterpret_cast<uint64_t>(&map)), "r"(barrier), "r"(column), "r"(row)
+        : "memory");
 }
 
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -51,7 +53,9 @@ __device__ __forceinline__ void product_wait() {
 __device__ __forceinline__ void allow_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // The address of a place of this block's shared memory in that of another block of the cluster.
@@ -72,13 +76,15 @@ inline Encode encoder() {
         cudaDriverEntryPointQueryResult result;
         const cudaError_t error =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function)
+                                                                             : nullptr;
     }();
     return found;
 }
 
 // An operand of `rows` rows of `width` elements, in boxes of 128 bytes by `box_rows`.
-inline bool describe(CUtensorMap& map, const void* data, CUtensorMapDataType type, int element, int rows, int width, int box_rows) {
+inline bool describe(CUtensorMap& map, const void* data, CUtensorMapDataType type, int element, int rows, int width,
+                     int box_rows) {
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)};
     const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(width) * element};
     const cuuint32_t box[2] = {static_cast<cuuint32_t>(kRowBytes / element), static_cast<cuuint32_t>(box_rows)};

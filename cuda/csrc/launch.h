@@ -24,7 +24,8 @@ struct QuantizeDown {
     Half type;
 };
 
-// Shapes: xq [M, K], wq [N, K] int8; xscale [M], wscale [N] float; t [M, R], up [N, R], bias [N] or null, y [M, N] 16-bit.
+// Shapes: xq [M, K], wq [N, K] int8; xscale [M], wscale [N] float; t [M, R], up [N, R], bias [N] or null, y [M, N]
+// 16-bit.
 struct Linear {
     const int8_t* xq;
     const int8_t* wq;

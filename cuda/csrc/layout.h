@@ -1,8 +1,8 @@
 // Where things lie: constexpr functions that kernels and a plain C++ compiler share.
 //
-// A tile in shared memory is a stack of rows of 128 bytes: 128 int8 or 64 16-bit values of K. Byte rows and rank rows have
-// the same shape, which is why the low-rank branch is nothing but some more tiles. Inside a row the 16-byte chunks are
-// exchanged (chunk ^ row mod 8), so that eight rows of one chunk lie in eight different groups of banks; it is the
+// A tile in shared memory is a stack of rows of 128 bytes: 128 int8 or 64 16-bit values of K. Byte rows and rank rows
+// have the same shape, which is why the low-rank branch is nothing but some more tiles. Inside a row the 16-byte chunks
+// are exchanged (chunk ^ row mod 8), so that eight rows of one chunk lie in eight different groups of banks; it is the
 // 128-byte swizzle of the tensor memory accelerator, in atoms of 8 rows (1024 bytes).
 #pragma once
 
@@ -16,12 +16,12 @@
 
 namespace lorafmt {
 
-constexpr int kRowBytes = 128;                          // of a tile in shared memory
-constexpr int kChunkBytes = 16;                         // of one access, and of one row of an 8 x 8 matrix of ldmatrix
-constexpr int kChunks = kRowBytes / kChunkBytes;        // in a row
-constexpr int kStepBytes = 32;                          // of K that one matrix instruction takes
-constexpr int kSteps = kRowBytes / kStepBytes;          // instructions in a row
-constexpr int kRankTile = kRowBytes / 2;                // ranks in a row
+constexpr int kRowBytes = 128;                    // of a tile in shared memory
+constexpr int kChunkBytes = 16;                   // of one access, and of one row of an 8 x 8 matrix of ldmatrix
+constexpr int kChunks = kRowBytes / kChunkBytes;  // in a row
+constexpr int kStepBytes = 32;                    // of K that one matrix instruction takes
+constexpr int kSteps = kRowBytes / kStepBytes;    // instructions in a row
+constexpr int kRankTile = kRowBytes / 2;          // ranks in a row
 
 template <typename T>
 LORAFMT_BOTH constexpr T ceil_div(T a, T b) {
@@ -31,12 +31,6 @@ LORAFMT_BOTH constexpr T ceil_div(T a, T b) {
 // Byte offset of a 16-byte chunk of a row in a tile.
 LORAFMT_BOTH constexpr int chunk_offset(int row, int chunk) {
     return row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
-}
-
-// Byte offset of a 16-byte chunk of a row in a tile whose rows are `pitch` bytes, a multiple of 128. It is read by rows, and
-// as fragments of 8 rows by 4 chunks: neighbouring rows differ in the third bit, so that two of them fill all banks.
-LORAFMT_BOTH constexpr int slice_offset(int row, int chunk, int pitch) {
-    return row * pitch + ((chunk ^ (((row & 1) << 2) | ((row >> 1) & 3))) * kChunkBytes);
 }
 
 // Which row and chunk a lane names for ldmatrix.x4 of a 16-row, 32-byte operand: matrices 0..3 are rows 0-7 and 8-15 of
@@ -62,15 +56,15 @@ LORAFMT_BOTH constexpr int group_column(int thread, int i) {
 }
 
 // Descriptor of a K-major tile with the 128-byte swizzle for wgmma: address / 16 in bits 0-13, distance of two atoms of
-// 8 rows / 16 in bits 32-45, swizzle 1 in bits 62-63. `address` is that of shared memory and a multiple of 1024, plus the
-// step of K in bytes.
+// 8 rows / 16 in bits 32-45, swizzle 1 in bits 62-63. `address` is that of shared memory and a multiple of 1024, plus
+// the step of K in bytes.
 LORAFMT_BOTH constexpr uint64_t tile_descriptor(uint32_t address) {
     return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
            (static_cast<uint64_t>(8 * kRowBytes >> 4) << 32) | (uint64_t{1} << 62);
 }
 
-// Order of output tiles: groups of `height` row tiles are walked column by column, so that the tiles that run at one time
-// share rows of both operands in the second-level cache. `index` counts from 0 to rows * columns - 1.
+// Order of output tiles: groups of `height` row tiles are walked column by column, so that the tiles that run at one
+// time share rows of both operands in the second-level cache. `index` counts from 0 to rows * columns - 1.
 struct TileAt {
     int row, column;
 };

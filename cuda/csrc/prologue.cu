@@ -2,8 +2,8 @@
 //
 // A block has 32 rows of x. It walks K in tiles of 64: x and down come through a ring of tiles in shared memory, eight
 // warps multiply them (2 row halves x 4 rank quarters) while every thread looks for the largest magnitude of its own
-// 16 bytes. A second walk reads the same rows again, now out of the second-level cache, and writes the codes. Sums have a
-// fixed order and there are no atomics, so two runs agree in every bit.
+// 16 bytes. A second walk reads the same rows again, now out of the second-level cache, and writes the codes. Sums have
+// a fixed order and there are no atomics, so two runs agree in every bit.
 #include "launch.h"
 #include "prologue.cuh"
 
@@ -12,8 +12,8 @@ namespace {
 
 constexpr int kRows = 32;
 constexpr int kThreads = 256;
-constexpr int kTileK = kRowBytes / 2;          // 16-bit values in a row of a tile
-constexpr int kMaxRankTiles = 4;               // more ranks are other blocks (grid.y)
+constexpr int kTileK = kRowBytes / 2;  // 16-bit values in a row of a tile
+constexpr int kMaxRankTiles = 4;       // more ranks are other blocks (grid.y)
 
 // Tiles in flight: as many as fit into 96 KB, the least that a chip offers.
 LORAFMT_BOTH constexpr int stages_of(int rank_tiles) {
@@ -159,11 +159,16 @@ cudaError_t launch(const QuantizeDown& call, cudaStream_t stream) {
 template <typename T>
 cudaError_t by_rank(const QuantizeDown& call, cudaStream_t stream) {
     switch (ceil_div(call.rank, kRankTile)) {
-        case 0: return launch<T, 0>(call, stream);
-        case 1: return launch<T, 1>(call, stream);
-        case 2: return launch<T, 2>(call, stream);
-        case 3: return launch<T, 3>(call, stream);
-        default: return launch<T, kMaxRankTiles>(call, stream);
+        case 0:
+            return launch<T, 0>(call, stream);
+        case 1:
+            return launch<T, 1>(call, stream);
+        case 2:
+            return launch<T, 2>(call, stream);
+        case 3:
+            return launch<T, 3>(call, stream);
+        default:
+            return launch<T, kMaxRankTiles>(call, stream);
     }
 }
 

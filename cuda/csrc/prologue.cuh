@@ -36,12 +36,14 @@ __device__ __forceinline__ Eight smoothed(uint4 raw, const float* inv_smooth, in
 // Magnitudes are compared as bit patterns: the order of non-negative floats, with every NaN above infinity.
 __device__ __forceinline__ uint32_t magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 
-// The larger of `largest` and the eight magnitudes of a piece. Unsmoothed values are compared two at a time, as they lie.
+// The larger of `largest` and the eight magnitudes of a piece. Unsmoothed values are compared two at a time, as they
+// lie.
 template <typename T>
 __device__ __forceinline__ uint32_t largest_of(uint4 raw, const float* inv_smooth, int k, uint32_t largest) {
     if (inv_smooth == nullptr) {
         constexpr uint32_t kSigns = 0x7fff7fffu;
-        const uint32_t pair = __vmaxu2(__vmaxu2(raw.x & kSigns, raw.y & kSigns), __vmaxu2(raw.z & kSigns, raw.w & kSigns));
+        const uint32_t pair =
+            __vmaxu2(__vmaxu2(raw.x & kSigns, raw.y & kSigns), __vmaxu2(raw.z & kSigns, raw.w & kSigns));
         const float2 both = unpack_pair<T>(pair);
         return max(largest, max(magnitude(both.x), magnitude(both.y)));
     }
@@ -51,8 +53,8 @@ __device__ __forceinline__ uint32_t largest_of(uint4 raw, const float* inv_smoot
     return largest;
 }
 
-// Four codes as a word. Adding 1.5 * 2^23 in the same rounding leaves the whole number, ties to even, in the low bits; a
-// product of 24 by 24 bits is not rounded before. |v * factor| is at most 127 * (1 + 2^-22), so nothing overflows.
+// Four codes as a word. Adding 1.5 * 2^23 in the same rounding leaves the whole number, ties to even, in the low bits;
+// a product of 24 by 24 bits is not rounded before. |v * factor| is at most 127 * (1 + 2^-22), so nothing overflows.
 __device__ __forceinline__ uint32_t four_codes(const float* v, float factor) {
     uint32_t bits[4];
 #pragma unroll

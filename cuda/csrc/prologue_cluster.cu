@@ -1,9 +1,10 @@
 // quantize_down on sm_90a: x is read once, whatever its width.
 //
-// A cluster of blocks has 32 rows of x (64 if there are many ranks, so that down is read less often), each block a slice of their columns, which the tensor memory accelerator brings into
-// its shared memory and which stays there. One warpgroup multiplies it with down, whose tiles come through a ring, one
-// looks for the row maxima; then both write the codes. Blocks exchange maxima and partial sums of t through each other's
-// shared memory. Sums have a fixed order, so two runs agree in every bit.
+// A cluster of blocks has 32 rows of x (64 if there are many ranks, so that down is read less often), each block a
+// slice of their columns, which the tensor memory accelerator brings into its shared memory and which stays there. One
+// warpgroup multiplies it with down, whose tiles come through a ring, one looks for the row maxima; then both write the
+// codes. Blocks tell each other their maxima and read each other's partial sums of t in shared memory. Sums have a
+// fixed order, so two runs agree in every bit.
 #include "launch.h"
 
 #if defined(LORAFMT_NO_CODE)
@@ -24,12 +25,12 @@ namespace {
 constexpr int kThreads = 288;  // products, maxima, and one warp that fetches
 constexpr int kWorkers = 256;
 constexpr int kPanel = kRowBytes / 2;  // columns of a tile of x
-constexpr int kMaxPanels = 40;  // of a slice
-constexpr int kMaxRankTiles = 3;  // more ranks are other clusters (grid.y)
+constexpr int kMaxPanels = 40;         // of a slice
+constexpr int kMaxRankTiles = 3;       // more ranks are other clusters (grid.y)
 constexpr int kMaxRing = 6;
 constexpr int kSlice = 768;  // columns of a block, if that takes no more blocks than a cluster has
 constexpr int kMaxCluster = 16;
-constexpr int kHeadBytes = 1024;  // barriers, maxima, factors
+constexpr int kHeadBytes = 1024;  // barriers, maxima
 constexpr int kSharedLimit = 227 * 1024;
 constexpr int kHalfShared = 113 * 1024;  // two blocks fit
 
@@ -104,8 +105,8 @@ __device__ __forceinline__ void fetch(const Block<RANK_TILES, ROWS>& at, const M
     }
 }
 
-// One warpgroup: this slice's part of t, into the buffer. Products have 64 rows; where a block has 32, the others are those
-// of the next tile, whatever they are.
+// One warpgroup: this slice's part of t, into the buffer. Products have 64 rows; where a block has 32, the others are
+// those of the next tile, whatever they are.
 template <typename T, int RANK_TILES, int ROWS>
 __device__ __forceinline__ void multiply(const Block<RANK_TILES, ROWS>& at, int thread) {
     using B = Block<RANK_TILES, ROWS>;
@@ -136,7 +137,8 @@ __device__ __forceinline__ void multiply(const Block<RANK_TILES, ROWS>& at, int 
     }
 }
 
-// The other warpgroup: the largest magnitude of each row of the slice. A few threads have a row, each some chunks of a tile.
+// The other warpgroup: the largest magnitude of each row of the slice. A few threads have a row, each some chunks of a
+// tile.
 template <typename T, int RANK_TILES, int ROWS>
 __device__ __forceinline__ void find_largest(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p, int thread) {
     constexpr int kTeam = 128 / ROWS, kEach = kChunks / kTeam;
@@ -155,40 +157,21 @@ __device__ __forceinline__ void find_largest(const Block<RANK_TILES, ROWS>& at, 
     }
 #pragma unroll
     for (int step = 1; step < kTeam; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    if (thread % kTeam == 0) at.head().largest[row] = largest;
-}
-
-// Rows of a warp: warp, warp + 8, ... Half a warp asks the blocks of the cluster for their maximum of one of them.
-template <int RANK_TILES, int ROWS>
-struct Rows {
-    static constexpr int kStride = kWorkers / 32, kCount = ROWS / kStride;
-    float largest[kCount / 2];  // of rows 2 i in lanes 0-15, of rows 2 i + 1 in lanes 16-31
-
-    __device__ __forceinline__ Rows(const Block<RANK_TILES, ROWS>& at, int warp, int lane) {
-        static_assert(kMaxCluster == 16);
-        const int peer = lane & 15;
-        uint32_t found[kCount / 2];
-#pragma unroll
-        for (int i = 0; i < kCount / 2; ++i) {
-            const int row = warp + (2 * i + lane / 16) * kStride;
-            const uint32_t from = in_peer(shared_address(&at.head().largest[row]), peer < at.plan.cluster ? peer : 0);
-            asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(found[i]) : "r"(from));
-        }
-#pragma unroll
-        for (int i = 0; i < kCount / 2; ++i) {
-#pragma unroll
-            for (int step = 1; step < 16; step *= 2) found[i] = max(found[i], __shfl_xor_sync(0xffffffffu, found[i], step));
-            largest[i] = __uint_as_float(max(found[i], magnitude(kTiny)));
+    // Everybody learns everybody's; the order does not matter to a maximum.
+    cluster_wait();  // all blocks have begun
+    if (thread % kTeam == 0) {
+        for (int peer = 0; peer < at.plan.cluster; ++peer) {
+            const uint32_t to = in_peer(shared_address(&at.head().largest[row]), peer);
+            asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(to), "r"(largest) : "memory");
         }
     }
-
-    // Of the i-th row of the warp, in every lane.
-    __device__ __forceinline__ float of(int i) const { return __shfl_sync(0xffffffffu, largest[i / 2], i % 2 * 16); }
-};
+    __syncwarp();
+}
 
 // All threads of the cluster share out its pairs of ranks: sums over the blocks, in their order.
 template <typename T, int RANK_TILES, int ROWS>
-__device__ __forceinline__ void write_t(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p, int active, int thread) {
+__device__ __forceinline__ void write_t(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p, int active,
+                                        int thread) {
     constexpr int kRanks = RANK_TILES * kRankTile, kPairs = kRanks / 2;
     T* t = static_cast<T*>(p.t);
     for (int i = at.part * kThreads + thread; i < ROWS * kPairs; i += at.plan.cluster * kThreads) {
@@ -199,12 +182,15 @@ __device__ __forceinline__ void write_t(const Block<RANK_TILES, ROWS>& at, const
 #pragma unroll
             for (int peer = 0; peer < kMaxCluster; ++peer) {
                 const uint32_t from = in_peer(address, peer < at.plan.cluster ? peer : 0);
-                asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(all[peer].x), "=f"(all[peer].y) : "r"(from));
+                asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
+                             : "=f"(all[peer].x), "=f"(all[peer].y)
+                             : "r"(from));
             }
             float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
             for (int peer = 0; peer < kMaxCluster; ++peer) {
-                if (peer < at.plan.cluster) sum = make_float2(__fadd_rn(sum.x, all[peer].x), __fadd_rn(sum.y, all[peer].y));
+                if (peer < at.plan.cluster)
+                    sum = make_float2(__fadd_rn(sum.x, all[peer].x), __fadd_rn(sum.y, all[peer].y));
             }
             const float first = rank < active ? __fmul_rn(sum.x, p.strength[rank]) : 0.0f;
             const float second = rank + 1 < active ? __fmul_rn(sum.y, p.strength[rank + 1]) : 0.0f;
@@ -215,18 +201,17 @@ __device__ __forceinline__ void write_t(const Block<RANK_TILES, ROWS>& at, const
 }
 
 template <typename T, int RANK_TILES, int ROWS>
-__device__ __forceinline__ void write_codes(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p,
-                                            const Rows<RANK_TILES, ROWS>& rows, int warp, int lane) {
-    using R = Rows<RANK_TILES, ROWS>;
+__device__ __forceinline__ void write_codes(const Block<RANK_TILES, ROWS>& at, const QuantizeDown& p, int warp,
+                                            int lane) {
     const int chunks = at.plan.panels * kChunks;
-#pragma unroll
-    for (int i = 0; i < R::kCount; ++i) {
-        const int row = warp + i * R::kStride, m = at.first_row + row;
-        const float largest = rows.of(i);
+    for (int row = warp; row < ROWS; row += kWorkers / 32) {
+        const int m = at.first_row + row;
         if (m < p.rows) {
+            const float largest = __uint_as_float(at.head().largest[row]);
             const float factor = __fdiv_rn(kLimit, largest);
             if (at.part == 0 && lane == 0) p.xscale[m] = __fdiv_rn(largest, kLimit);
             int8_t* to = p.xq + static_cast<int64_t>(m) * p.width;
+#pragma unroll 4
             for (int chunk = lane; chunk < chunks; chunk += 32) {
                 const int k = at.first_k + chunk * 8;
                 if (k < p.width) {
@@ -241,7 +226,8 @@ __device__ __forceinline__ void write_codes(const Block<RANK_TILES, ROWS>& at, c
 
 template <typename T, int RANK_TILES, int ROWS>
 __global__ void __launch_bounds__(kThreads, RANK_TILES < 3 ? 2 : 1)
-    prologue(const __grid_constant__ Maps maps, const __grid_constant__ QuantizeDown p, const __grid_constant__ Plan plan) {
+    prologue(const __grid_constant__ Maps maps, const __grid_constant__ QuantizeDown p,
+             const __grid_constant__ Plan plan) {
     extern __shared__ __align__(1024) uint8_t shared[];
     const Block<RANK_TILES, ROWS> at(shared, plan);
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
@@ -254,25 +240,29 @@ __global__ void __launch_bounds__(kThreads, RANK_TILES < 3 ? 2 : 1)
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    if (thread < ROWS) at.head().largest[thread] = magnitude(kTiny);
     __syncthreads();
     allow_next();
+    cluster_arrive();
 
     if (thread >= kWorkers) {
         if (lane == 0) fetch(at, maps);
+        __syncwarp();
+        cluster_wait();
     } else if (thread >= 128) {
         find_largest<T>(at, p, thread - 128);
-    } else if constexpr (RANK_TILES > 0) {
-        multiply<T>(at, thread);
+    } else {
+        if constexpr (RANK_TILES > 0) multiply<T>(at, thread);
+        cluster_wait();
     }
-    __syncthreads();  // the cluster's barrier orders a block's own accesses, too, but tools do not see that
 
+    __syncthreads();  // the cluster's barrier orders a block's own accesses, too, but tools do not see that
     cluster_arrive();
     cluster_wait();
-    const Rows<RANK_TILES, ROWS> rows(at, warp % Rows<RANK_TILES, ROWS>::kStride, lane);
     if constexpr (RANK_TILES > 0) write_t<T>(at, p, active, thread);
     __syncwarp();
     cluster_arrive();  // what others have is read
-    if (thread < kWorkers && blockIdx.y == 0) write_codes<T>(at, p, rows, warp, lane);
+    if (thread < kWorkers && blockIdx.y == 0) write_codes<T>(at, p, warp, lane);
     __syncwarp();
     cluster_wait();  // nobody leaves while others read its sums
 }
@@ -297,7 +287,8 @@ cudaError_t launch(const QuantizeDown& call, cudaStream_t stream) {
     const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     Maps maps;
     bool good = describe(maps.x, call.x, type, 2, call.rows, call.width, ROWS);
-    if (RANK_TILES > 0) good = good && describe(maps.down, call.down, type, 2, call.rank, call.width, RANK_TILES * kRankTile);
+    if (RANK_TILES > 0)
+        good = good && describe(maps.down, call.down, type, 2, call.rank, call.width, RANK_TILES * kRankTile);
     if (!good) return cudaErrorInvalidValue;
 
     auto kernel = prologue<T, RANK_TILES, ROWS>;
@@ -322,10 +313,14 @@ cudaError_t launch(const QuantizeDown& call, cudaStream_t stream) {
 template <typename T>
 cudaError_t by_rank(const QuantizeDown& call, cudaStream_t stream) {
     switch (ceil_div(call.rank, kRankTile)) {
-        case 0: return launch<T, 0, 32>(call, stream);
-        case 1: return launch<T, 1, 32>(call, stream);
-        case 2: return launch<T, 2, 64>(call, stream);
-        default: return launch<T, kMaxRankTiles, 64>(call, stream);
+        case 0:
+            return launch<T, 0, 32>(call, stream);
+        case 1:
+            return launch<T, 1, 32>(call, stream);
+        case 2:
+            return launch<T, 2, 64>(call, stream);
+        default:
+            return launch<T, kMaxRankTiles, 64>(call, stream);
     }
 }
 

@@ -1,5 +1,5 @@
-// Runs the index functions of the kernels over everything they are used for, with a plain compiler: each element of a tile
-// is named exactly once, accesses of a warp meet no bank twice, fragments multiply to the product they stand for.
+// Runs the index functions of the kernels over everything they are used for, with a plain compiler: each element of a
+// tile is named exactly once, accesses of a warp meet no bank twice, fragments multiply to the product they stand for.
 #include "layout.h"
 
 #include <cstdio>
@@ -62,7 +62,8 @@ static void accumulators_cover_a_tile() {
     for (int columns : {64, 128, 192, 256}) {
         std::set<int> group;
         for (int thread = 0; thread < 128; ++thread)
-            for (int i = 0; i < columns / 2; ++i) group.insert(group_row(thread, i) * columns + group_column(thread, i));
+            for (int i = 0; i < columns / 2; ++i)
+                group.insert(group_row(thread, i) * columns + group_column(thread, i));
         expect(group.size() == 64u * columns && *group.rbegin() == 64 * columns - 1, "m64", columns);
     }
 }
@@ -94,7 +95,8 @@ static void a_warp_multiplies() {
             b_address[lane] = chunk_offset(b_lane_row(lane), 2 * step + b_lane_chunk(lane));
         }
         for (int half = 0; half < 2; ++half) {  // two 8-column operands of one load
-            // m16n8k32 (PTX ISA): lane holds A rows lane / 4 and + 8, B column lane / 4, bytes 4 (lane mod 4) .. + 3 and + 16.
+            // m16n8k32 (PTX ISA): lane holds A rows lane / 4 and + 8, B column lane / 4, bytes 4 (lane mod 4) .. + 3
+            // and + 16.
             int full_a[16][32], full_b[8][32];
             for (int lane = 0; lane < 32; ++lane)
                 for (int i = 0; i < 4; ++i) {
@@ -128,7 +130,8 @@ static void descriptors_hold_their_fields() {
         expect((d >> 32 & 0x3fff) == 8 * kRowBytes / 16 && d >> 62 == 1, "stride and swizzle");
     }
     for (int step = 0; step < kSteps; ++step) {
-        expect(tile_descriptor(4096 + step * kStepBytes) == tile_descriptor(4096) + step * (kStepBytes / 16), "step", step);
+        expect(tile_descriptor(4096 + step * kStepBytes) == tile_descriptor(4096) + step * (kStepBytes / 16), "step",
+               step);
     }
 }
 
@@ -139,7 +142,8 @@ static void tiles_are_walked_once() {
                 std::set<int> seen;
                 for (int index = 0; index < rows * columns; ++index) {
                     const TileAt at = tile_at(index, rows, columns, height);
-                    expect(at.row >= 0 && at.row < rows && at.column >= 0 && at.column < columns, "inside", rows, columns);
+                    expect(at.row >= 0 && at.row < rows && at.column >= 0 && at.column < columns, "inside", rows,
+                           columns);
                     expect(seen.insert(at.row * columns + at.column).second, "tile twice", rows, columns);
                 }
             }
