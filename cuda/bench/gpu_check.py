@@ -9,6 +9,7 @@ Builds the kernels if they are not there, ends inside ten minutes, prints a shor
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -39,6 +40,7 @@ import torch  # noqa: E402
 import baselines  # noqa: E402
 from correctness import KERNELS, check_all  # noqa: E402
 from lorafmt import runtime  # noqa: E402
+from lorafmt.runtime import library  # noqa: E402
 from timing import Replay, copy_rate, in_turn, product_rate  # noqa: E402
 
 #: (K, N) of the linears of a FLUX.1 transformer.
@@ -61,7 +63,7 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "status": runtime.status(),
+        "library": dataclasses.asdict(library.Built.read(library.library())) if library.load() else runtime.status(),
     }
 
 

@@ -24,6 +24,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(library, "driver_version", lambda: 13000)
     monkeypatch.setenv(library.VARIABLE, str(path))
     return path
 
@@ -73,6 +74,9 @@ def test_refusals_name_the_reason(gpu: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "needs torch 99.1" in reason()
     gpu.write_bytes(GOOD.replace(b"90a,", b""))
     assert "no code for sm_90 (H100)" in reason()
+    gpu.write_bytes(GOOD)
+    monkeypatch.setattr(library, "driver_version", lambda: 12080)
+    assert "the driver is for 12.8" in reason()
     gpu.write_bytes(b"something else")
     assert "not a library of lorafmt" in reason()
     gpu.unlink()

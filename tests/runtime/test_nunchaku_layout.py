@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorafmt.exceptions import FormatError
 from lorafmt.runtime import nunchaku as layout
+from lorafmt.runtime import ops
 
 N, K, R = 256, 192, 48
 
@@ -106,6 +107,32 @@ def test_int4_weights_mean_codes_times_scales() -> None:
     error = wq.double().numpy() * scale.double().numpy()[:, None] - meaning
     assert np.all(np.abs(error) <= scale.double().numpy()[:, None] * 0.5 * (1 + 1e-4))
     assert np.linalg.norm(error) <= 1e-2 * np.linalg.norm(meaning)
+
+
+@pytest.mark.parametrize("outliers", [0.5, 1.5])
+def test_a_layer_of_a_checkpoint_against_the_exact_meaning_of_its_weights(outliers: float) -> None:
+    """As SVDQuant makes one: channel outliers, smoothing, a branch of rank 32 on the raw input. Figure: 1.5e-2."""
+    generator = torch.Generator().manual_seed(11)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    n, k, rank = 384, 1024, 32
+    x = (normal(64, k) * torch.exp(normal(k) * outliers)).bfloat16()
+    smooth = x.float().abs().amax(dim=0).sqrt().clamp_min(1e-2)
+    weight = normal(n, k) / k**0.5
+    u, s, vh = torch.linalg.svd(weight * smooth, full_matrices=False)
+    up, down = (u[:, :rank] * s[:rank]).bfloat16(), (vh[:rank] / smooth).bfloat16()
+    groups = (weight * smooth - u[:, :rank] * s[:rank] @ vh[:rank]).view(n, k // 64, 64)
+    scales = (groups.abs().amax(dim=2) / 7).bfloat16()
+    codes = torch.round(groups / scales.float().unsqueeze(2)).clamp(-8, 7).view(n, k)
+    packed = layout.pack_codes(codes.to(torch.int8).view(torch.uint8) & 15), layout.pack_vector(scales)
+
+    branch = x.double() @ down.double().t() @ up.double().t()
+    exact = (x.double() / smooth.double()) @ layout.dequantize(*packed).double().t() + branch
+    xq, xscale, t = ops.quantize_down(x, down, torch.ones(rank), 1 / smooth)
+    y = ops.linear_w8a8(xq, xscale, *layout.expand(*packed), t, up)
+    assert torch.linalg.norm(y.double() - exact) <= 1.5e-2 * torch.linalg.norm(exact)
 
 
 def test_nvfp4_weights_mean_codes_times_both_scales() -> None:

@@ -7,6 +7,7 @@ it was built for stands in it as a line of text, which is read before it is load
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
@@ -77,6 +78,20 @@ def _version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def driver_version() -> int:
+    """The newest CUDA that the driver runs, 13000 for 13.0; 0 where there is no driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
+
+
+def _written(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _refusal(path: Path | None) -> str | None:
     """Why the kernels cannot be used; None if they can. Loads nothing."""
     if not torch.cuda.is_available():
@@ -94,6 +109,8 @@ def _refusal(path: Path | None) -> str | None:
         return f"{path} has signatures of version {built.abi}, this package has {ABI}; build it again"
     if _version(torch.__version__) < _version(built.torch):
         return f"{path} needs torch {built.torch} or newer, this is {torch.__version__}"
+    if driver_version() // 1000 < _version(built.cuda)[0]:
+        return f"{path} was made with CUDA {built.cuda}, the driver is for {_written(driver_version())}; update it"
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         if not built.runs_on(major, minor):
