@@ -33,9 +33,11 @@ def ensure_library() -> None:
         print(f"built in {build.build().seconds:.0f} s", flush=True)
 
 
-ensure_library()
-
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    sys.exit("gpu_check: torch sees no CUDA device; tests/runtime is what runs without one")
+ensure_library()
 
 import baselines  # noqa: E402
 from correctness import KERNELS, check_all  # noqa: E402

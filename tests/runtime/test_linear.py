@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lorafmt.exceptions import UsageError
 from lorafmt.runtime import FusedLinear, quantize_
+from lorafmt.runtime.quantize import leading
 
 K, N = 72, 44  # neither is a multiple of what the operators want
 
@@ -79,6 +80,33 @@ def test_what_comes_and_goes_leaves_nothing_and_moves_nothing() -> None:
     layer.load("a", *adapter(7, 16))
     layer.load("a", *adapter(1, 16))  # a then b is b
     assert torch.equal(layer(x), ya) and not torch.equal(ya, y)
+
+
+@torch.no_grad()
+def test_casting_keeps_scales_and_saving_keeps_names() -> None:
+    layer, x = FusedLinear.from_linear(plain(), rank=8, ranks=32), normal(5, 6, K).bfloat16()
+    layer.load("a", *adapter(1, 8), strength=0.3)
+    y, scales = layer(x), layer.wscale.clone()
+    assert torch.equal(layer.to(torch.bfloat16).wscale, scales) and torch.equal(layer(x), y)
+    assert layer.half().up.dtype == torch.float16 and layer.strength.dtype == torch.float32
+    layer.to(torch.bfloat16)
+    copy = FusedLinear.from_linear(plain(9), rank=0, ranks=32)
+    copy.load_state_dict(layer.state_dict())
+    assert copy.slots == layer.slots and torch.equal(copy(x), layer(x))
+    copy.remove("a")
+    assert copy.free_rank() == 24
+
+
+@torch.no_grad()
+def test_leading_directions_against_numpy() -> None:
+    """What is left is within a percent of what the best factors of this rank leave (Eckart and Young)."""
+    weight = normal(1, 96, 64) * torch.linspace(2, 0.1, 64)
+    singular = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    for rank in (1, 8, 64):
+        up, down = leading(weight, rank)
+        assert up.shape == (96, rank) and down.shape == (rank, 64)
+        rest = np.linalg.norm(weight.double().numpy() - up.double().numpy() @ down.double().numpy())
+        assert rest <= 1.01 * np.linalg.norm(singular[rank:]) + 1e-5 * singular[0]
 
 
 @torch.no_grad()

@@ -7,6 +7,15 @@ the library of ``cuda/`` is there and has code for the GPU, and compositions of 
 
 from __future__ import annotations
 
+import torch
+
+from ..exceptions import UnsupportedError
+
+if not hasattr(torch.library, "register_fake"):
+    _error = UnsupportedError(f"lorafmt.runtime needs torch 2.4 or newer, this is {torch.__version__}")
+    _error.code, _error.hint = "torch-too-old", "pip install -U torch"
+    raise _error
+
 from .library import status
 from .linear import FusedLinear, quantize_
 from .quantize import quantize_weight

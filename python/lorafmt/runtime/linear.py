@@ -7,15 +7,17 @@ and captured graphs stay what they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..exceptions import UsageError
 from . import ops
-from .quantize import quantize_weight
+from .quantize import leading, quantize_weight
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,17 @@ class FusedLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int = 32, ranks: int = 128) -> FusedLinear:
-        """Quantizes a layer; its ``rank`` largest singular directions stay in 16 bits (Eckart and Young), as ``base``.
+        """Quantizes a layer; its ``rank`` largest singular directions stay in 16 bits, as adapter ``base``.
 
-        ``rank`` 0 leaves all to int8. New memory; the layer is not changed. Decomposed in float32 on its device.
+        ``rank`` 0 leaves all to int8. New memory; the layer is not changed. Computed in float32 on its device.
         """
         dtype = linear.weight.dtype if linear.weight.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         weight = linear.weight.detach().float()
         rank = min(rank, *weight.shape)
         up = down = None
         if rank:
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-            root = s[:rank].sqrt()
             # The rest is what the rounded factors leave, so that their rounding is no error.
-            up, down = (u[:, :rank] * root).to(dtype), (root.unsqueeze(1) * vh[:rank]).to(dtype)
+            up, down = (factor.to(dtype) for factor in leading(weight, rank))
             weight = weight - up.float() @ down.float()
         layer = cls(*quantize_weight(weight), linear.bias, ranks=max(ranks, _up_to(rank, 8)), dtype=dtype)
         if up is not None and down is not None:
@@ -187,6 +187,25 @@ class FusedLinear(nn.Module):
         xq, xscale, t = ops.quantize_down(rows, self.down, self.strength, self.inv_smooth, self.active)
         y = ops.linear_w8a8(xq, xscale, self.wq, self.wscale, t, self.up, self.bias, self.active)
         return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinear:
+        """Moves and casts like any module, but scales and strengths stay float32."""
+        exact = {name: self._buffers[name] for name in ("wscale", "strength", "inv_smooth")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Who has which ranks, as bytes of JSON, so that it is saved with the buffers."""
+        slots = {name: [slot.start, slot.rank] for name, slot in self.slots.items()}
+        return torch.tensor(list(json.dumps(slots).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        slots = json.loads(bytes(state.tolist()).decode())
+        self.slots = {name: Slot(start, rank) for name, (start, rank) in slots.items()}
 
     def extra_repr(self) -> str:
         used = ", ".join(f"{name} {slot.rank}" for name, slot in self.slots.items()) or "none"

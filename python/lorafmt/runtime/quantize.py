@@ -46,5 +46,23 @@ def expand_groups(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return _codes(weight, scale), scale
 
 
+def leading(weight: Tensor, rank: int, rounds: int = 4) -> tuple[Tensor, Tensor]:
+    """The ``rank`` largest directions of ``[N, K]``: ``up`` ``[N, rank]`` and ``down`` ``[rank, K]``, float32.
+
+    Subspace iteration from fixed random directions (Halko, Martinsson, Tropp 2011, algorithm 4.4): a few products with
+    the weight instead of its whole decomposition. The same input gives the same factors.
+    """
+    weight = weight.float()
+    width = min(rank + 16, *weight.shape)
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(weight.shape[1], width, generator=generator).to(weight.device)
+    for _ in range(rounds):
+        left = torch.linalg.qr(weight @ right).Q
+        right = torch.linalg.qr(weight.t() @ left).Q
+    u, s, vh = torch.linalg.svd(weight @ right, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root.unsqueeze(1) * (vh[:rank] @ right.t())
+
+
 def _codes(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.round(weight / scale.unsqueeze(1)).clamp_(-LIMIT, LIMIT).to(torch.int8)
