@@ -44,7 +44,8 @@ struct Linear {
 enum Kernel { kAuto, kMma, kWgmma128x256, kWgmma192x192, kWgmma128x192, kWgmma128x128 };
 
 cudaError_t quantize_down(const QuantizeDown& call, cudaStream_t stream);
-// cudaErrorInvalidConfiguration: rows are too wide for a cluster; quantize_down takes any.
+// cudaErrorInvalidConfiguration: rows are too wide for a cluster, or the chip has no room for one; quantize_down takes
+// any.
 cudaError_t quantize_down_cluster(const QuantizeDown& call, cudaStream_t stream);
 cudaError_t linear_mma(const Linear& call, cudaStream_t stream);
 cudaError_t linear_wgmma(const Linear& call, int kernel, int multiprocessors, cudaStream_t stream);
