@@ -309,8 +309,7 @@ cudaError_t launch(const QuantizeDown& call, cudaStream_t stream) {
     config.numAttrs = 1;
     error = cudaLaunchKernelEx(&config, kernel, maps, call, plan);
     if (error != cudaErrorInvalidClusterSize) return error;
-    cudaGetLastError();  // a part of a chip may be too small for so many blocks; it is no error if somebody else does
-                         // it
+    cudaGetLastError();  // a part of a chip may be too small for so many blocks; then the common kernel does it
     return cudaErrorInvalidConfiguration;
 }
 
