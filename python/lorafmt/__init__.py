@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import exceptions, torch
+    from . import exceptions, runtime, torch
     from ._checkpoints import FuseReport, UnfuseReport, extract, fuse, unfuse
     from ._expand import expand
     from ._lorafmt import __version__
@@ -118,6 +118,7 @@ __all__ = [
     "open",
     "register_table",
     "resize",
+    "runtime",
     "scale",
     "split",
     "torch",
