@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -72,8 +74,13 @@ def check(dialect: str, family: str, listing: Listing) -> None:
         assert outcome.answer == rule["answer"], f"{rule}\n{outcome.error}\nlost: {sorted(outcome.lost)[:5]}"
 
 
+def some(names: Iterable[str], every: int) -> list[Any]:
+    """Each load takes seconds: a usual run tries a few."""
+    return [pytest.param(name, marks=[] if i % every == 0 else [pytest.mark.slow]) for i, name in enumerate(names)]
+
+
 @measured
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", some(FIXTURES, 12))
 def test_fixture_does_as_the_table_says(name: str) -> None:
     item = FIXTURES[name]
     listing = item["tensors"]
@@ -85,7 +92,7 @@ def test_fixture_does_as_the_table_says(name: str) -> None:
 
 
 @measured
-@pytest.mark.parametrize("family", list(loads.PIPELINES))
+@pytest.mark.parametrize("family", some(loads.PIPELINES, 8))
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_own_names_are_loaded(family: str, kind: str) -> None:
     listing = loads.made(family, "diffusers", kind)
@@ -97,6 +104,7 @@ SOME = ("flux1", "sd15", "qwen-image", "hidream", "sana")
 
 
 @measured
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dialect"), list(itertools.product(SOME, ("peft", "onetrainer", "lycoris"))))
 def test_other_spellings_of_own_names(family: str, dialect: str) -> None:
     check(dialect, family, loads.made(family, dialect))
