@@ -88,7 +88,7 @@ pub fn encode(composition: &Composition<'_>, options: &EncodeOptions) -> Result<
     }
     let ledger = Ledger::new(composition, dialect, options.lossy, options.strength);
     options.algebra.check()?;
-    composition.terms().iter().try_for_each(|term| unsure::check(&term.adapter, dialect))?;
+    composition.terms().iter().try_for_each(|term| unsure::check(term.adapter, dialect))?;
     let mut encoder = Encoder {
         adapter,
         dialect,
