@@ -41,7 +41,7 @@ Dialect: TypeAlias = (
     ]
 )
 
-#: A base model's architecture, in any of its sizes or in one (`NAME-SIZE`). A registered table adds others, hence `str`.
+#: A base model's architecture, in any of its sizes or in one (`NAME-SIZE`). Tables that are registered add others.
 Family: TypeAlias = (
     str
     | Literal[

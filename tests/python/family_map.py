@@ -65,7 +65,9 @@ def _targets(model: tables.Model, component: str) -> dict[str, list[Target]]:
             for path in canonical:
                 stop = start + layers[path].outputs
                 whole = len(canonical) == 1
-                parts.append(Target(f"{component}.{path}", 0 if whole else start, None if whole else stop, name in swapped))
+                parts.append(
+                    Target(f"{component}.{path}", 0 if whole else start, None if whole else stop, name in swapped)
+                )
                 start = stop
             found.setdefault(name, parts)
             if len(canonical) > 1:

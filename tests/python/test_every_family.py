@@ -128,7 +128,15 @@ def label(seen: dict[str, Any]) -> str:
     return f"{seen['family']}-{seen['variant']}" if seen["variant"] else seen["family"]
 
 
-ROUND_TRIPS = ("sdxl_locon_all", "sd15_locon", "sdxl_kohya_ldm", "wan_musubi", "lumina2_kohya", "zimage_kohya", "sd35_kohya")
+ROUND_TRIPS = (
+    "sdxl_locon_all",
+    "sd15_locon",
+    "sdxl_kohya_ldm",
+    "wan_musubi",
+    "lumina2_kohya",
+    "zimage_kohya",
+    "sd35_kohya",
+)
 
 
 @pytest.mark.parametrize("name", ROUND_TRIPS)

@@ -47,7 +47,7 @@ fn sd() -> Arc<Registry> {
 }
 
 fn sdxl() -> Arc<Registry> {
-    unet("sdxl", 3, &[1, 2], &[0, 1])
+    unet("xl", 3, &[1, 2], &[0, 1])
 }
 
 fn family<'a>(registry: &'a Registry, name: &str) -> &'a Family {
@@ -150,8 +150,8 @@ fn each_slot_of_the_short_vectors_is_its_block() {
     let cases = [
         (family(&sd, "sd"), "IN:01,02,04,05,07,08 M00 OUT:03,04,05,06,07,08,09,10,11".to_owned(), 17),
         (family(&sd, "sd"), format!("IN:{} M00 OUT:{}", to(11), to(11)), 26),
-        (family(&sdxl, "sdxl"), "IN:04,05,07,08 M00 OUT:00,01,02,03,04,05".to_owned(), 12),
-        (family(&sdxl, "sdxl"), format!("IN:{} M00 OUT:{}", to(8), to(8)), 20),
+        (family(&sdxl, "xl"), "IN:04,05,07,08 M00 OUT:00,01,02,03,04,05".to_owned(), 12),
+        (family(&sdxl, "xl"), format!("IN:{} M00 OUT:{}", to(8), to(8)), 20),
     ];
     for (family, slots, length) in cases {
         let slots = names(&slots);
@@ -196,7 +196,7 @@ fn different_numbers_stay_apart_and_equal_ones_come_together() {
 #[test]
 fn presets() {
     let (builtin, sd, sdxl) = (Registry::builtin(), sd(), sdxl());
-    let (flux, sd, sdxl) = (family(&builtin, "flux1"), family(&sd, "sd"), family(&sdxl, "sdxl"));
+    let (flux, sd, sdxl) = (family(&builtin, "flux1"), family(&sd, "sd"), family(&sdxl, "xl"));
     let preset = |family: &Family, name: &str| resolved(family, json!({"block_weights": name}));
     for family in [flux, sd, sdxl] {
         for (name, number) in [("NONE", 0.0), ("ALL", 1.0), ("ALL0.5", 0.5), ("all0.5", 0.5)] {
@@ -305,7 +305,7 @@ fn nested_scales_follow_the_names_of_the_family() {
 fn nested_scales_in_the_words_of_a_unet() {
     // What `set_adapters` of diffusers 0.42.1 makes of it: number j of a block is for all that is j-th in it.
     let registry = sdxl();
-    let family = family(&registry, "sdxl");
+    let family = family(&registry, "xl");
     let strength =
         resolved(family, json!({"scales": {"unet": {"down": {"block_1": [0.5, 0.25]}, "mid": [2], "up": 4}}}));
     for (path, factor) in factors(family, &strength) {
@@ -327,7 +327,7 @@ fn nested_scales_in_the_words_of_a_unet() {
 #[test]
 fn nested_scales_that_make_no_sense() {
     let (builtin, sdxl) = (Registry::builtin(), sdxl());
-    let (flux, sdxl) = (family(&builtin, "flux1"), family(&sdxl, "sdxl"));
+    let (flux, sdxl) = (family(&builtin, "flux1"), family(&sdxl, "xl"));
     let cases = [
         (flux, json!({"unet": 1}), "no component `unet`", "components: transformer, text_encoder, text_encoder_2"),
         (flux, json!({"transformer": {"transformer_block": 1}}), "no `transformer_block`", "transformer_blocks"),
@@ -361,5 +361,17 @@ fn nested_scales_that_make_no_sense() {
     }
     for json in [json!({"scales": 1}), json!({"scales": {"transformer": {"a": "x"}}}), json!({"scale": {}})] {
         assert_eq!(Request::from_json(&json).expect_err("no request").code(), Code::InvalidArgument);
+    }
+}
+
+/// The built-in U-Nets are the models that the vectors are for.
+#[test]
+fn vectors_of_real_families() {
+    let builtin = Registry::builtin();
+    for (name, lengths) in [("sd15", [17, 26]), ("sd21", [17, 26]), ("sdxl", [12, 20])] {
+        for length in lengths {
+            let request = Request::from_json(&json!({"block_weights": vec![0.5; length]})).expect("a request");
+            assert!(request.resolve(family(&builtin, name)).is_ok(), "{name} {length}");
+        }
     }
 }

@@ -94,14 +94,16 @@ fn native_layers_cover_the_blocks() {
     }
     let natives: Vec<_> = registry.dialects.iter().flat_map(|d| &d.natives).collect();
     let names: Vec<&str> = natives.iter().map(|n| registry.families[n.family].name.as_str()).collect();
-    assert_eq!(names, ["flux1", "qwen-image", "z-image", "sdxl"]);
+    let known: BTreeSet<&str> = names.iter().copied().collect();
+    assert_eq!(known, BTreeSet::from(["flux1", "qwen-image", "sdxl", "z-image"]));
     assert_eq!(natives[0].layers.iter().filter(|l| l.interleave.is_none()).count(), 8 + 4);
     let instances = |n: &lorafmt_core::table::Native| -> usize {
         let component = &registry.families[n.family].components[n.component];
         n.layers.iter().map(|l| component.instances_of(&l.name).len()).sum()
     };
     // SVDQW4A4Linear modules of the classes: 60 blocks of 8, 34 of 4, and in SDXL's UNet 70 of 6.
-    assert_eq!(natives[1..].iter().map(|n| instances(n)).collect::<Vec<_>>(), [480, 136, 420]);
+    let counts: BTreeMap<&str, usize> = names.iter().copied().zip(natives.iter().map(|n| instances(n))).collect();
+    assert_eq!((counts["qwen-image"], counts["z-image"], counts["sdxl"]), (480, 136, 420));
 }
 
 /// What a dialect writes for a layer must be read back as that layer, with every slot, whichever prefix is used.
@@ -113,8 +115,11 @@ fn every_written_key_is_read_back() {
         for place in &dialect.places {
             let component = &registry.families[place.family].components[place.component];
             for (index, row) in component.rows.iter().enumerate() {
-                for variables in component.instances(row) {
-                    for name in names(row, place, &variables) {
+                // The first and the last block of each kind: what lies between them differs in a number.
+                let instances = component.instances(row);
+                let ends: BTreeSet<&Vec<u32>> = instances.first().into_iter().chain(instances.last()).collect();
+                for variables in ends {
+                    for name in names(row, place, variables) {
                         for prefix in place.also.iter().chain([&place.prefix]) {
                             keys += check(&registry, dialect, place, component, index, prefix, &name);
                         }

@@ -32,7 +32,7 @@ fn names() -> String {
         ("Dialect", "A dialect by name or alias. A registered table adds others, hence `str`.", dialects, true),
         (
             "Family",
-            "A base model's architecture, in any of its sizes or in one (`NAME-SIZE`). A registered table adds others, hence `str`.",
+            "A base model's architecture, in any of its sizes or in one (`NAME-SIZE`). Tables that are registered add others.",
             families,
             true,
         ),
