@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::adapter::{Adapter, ModuleKey, Placed};
 use crate::decode::decode;
-use crate::detect::Given;
+use crate::detect::{Given, expert};
 use crate::error::{Code, Error, Result};
 use crate::io::Source;
 use crate::kind::{Kind, Module, Refusal};
@@ -330,6 +330,7 @@ impl<'a> Ledger<'a> {
             self.note_unmatched(selector);
         }
         self.note_repeated();
+        self.note_experts();
     }
 
     /// A selector that names nothing is worth a word.
@@ -343,6 +344,21 @@ impl<'a> Ledger<'a> {
         if !self.composition.terms.iter().any(hit) {
             let detail = format!("`{selector}` matches no module");
             self.warnings.push(Warning::new("unmatched-selector", None, detail));
+        }
+    }
+
+    /// Adapters for different experts of a model, by their names: added, they suit neither.
+    fn note_experts(&mut self) {
+        let mut first: Option<(&str, &Path)> = None;
+        for term in self.composition.terms.iter().map(|t| &t.adapter) {
+            let Some(own) = expert(&term.registry, term.family, &term.source) else { continue };
+            let (other, path) = *first.get_or_insert((own, term.source.path()));
+            if own != other {
+                let (a, b) = (path.display(), term.source.path().display());
+                let detail = format!("by their names `{a}` is for the expert `{other}`, and `{b}` for `{own}`");
+                self.warnings.push(Warning::new("mixed-experts", None, detail));
+                return;
+            }
         }
     }
 

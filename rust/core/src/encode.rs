@@ -185,6 +185,7 @@ impl<'a> Encoder<'a> {
             }
             return Ok(Vec::new());
         };
+        self.warn_of_one_place(place, &modules);
         let dialect = self.speller(place);
         let mut spelled = Vec::new();
         let mut drafts = Vec::new();
@@ -210,6 +211,20 @@ impl<'a> Encoder<'a> {
             spelled.extend(self.spell(place, dialect, draft, module)?);
         }
         Ok(spelled)
+    }
+
+    /// Where a dialect has one place for two parts of a model, its files do not say of which they are.
+    fn warn_of_one_place(&mut self, place: &Place, modules: &Members<'a>) {
+        let family = self.adapter.family_table();
+        let alike = |other: &Place| other.prefix == place.prefix && other.namespace == place.namespace;
+        let earlier = (0..place.component).find(|&c| self.dialect.place(self.adapter.family, c).is_some_and(alike));
+        let Some(earlier) = earlier.filter(|_| !modules.is_empty()) else { return };
+        let (own, other) = (&family.components[place.component].name, &family.components[earlier].name);
+        let detail = format!(
+            "in `{}`, files of {own} and of {other} look alike: keep its name to tell them apart",
+            self.dialect.name
+        );
+        self.ledger.warnings.push(Warning::new("one-place", Some(own.clone()), detail));
     }
 
     /// A module under its name, unless the dialect cannot spell it.

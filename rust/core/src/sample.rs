@@ -61,7 +61,12 @@ pub fn sample(registry: &Registry, options: &SampleOptions) -> Result<Source> {
         if c > 0 && !options.text_encoders {
             continue;
         }
-        for (path, rows, cols) in modules(component, place, options.top_level) {
+        // A second part in the place of another one (an expert) would have its very keys.
+        let taken = |other: usize| dialect.place(family, other).is_some_and(|p| p.prefix == place.prefix);
+        if (0..c).any(taken) {
+            continue;
+        }
+        for (path, rows, inputs) in modules(component, place, options.top_level) {
             let flat = place.prefix.ends_with('_');
             let base = format!("{}{}", place.prefix, if flat { path.replace('.', "_") } else { path });
             let mut push = |slot: Slot, shape: Vec<usize>, dtype: Dtype, value: Option<f32>| {
@@ -69,8 +74,10 @@ pub fn sample(registry: &Registry, options: &SampleOptions) -> Result<Source> {
                     infos.push((TensorInfo { name: format!("{base}{suffix}"), dtype, shape, range: 0..0 }, value));
                 }
             };
-            push(Slot::Down, vec![options.rank, cols], options.dtype, None);
-            push(Slot::Up, vec![rows, options.rank], options.dtype, None);
+            let points = inputs[1..].iter().map(|_| 1);
+            let up = [rows, options.rank].into_iter().chain(points).collect();
+            push(Slot::Down, [options.rank].into_iter().chain(inputs).collect(), options.dtype, None);
+            push(Slot::Up, up, options.dtype, None);
             if dialect.alpha == AlphaPolicy::Tensor {
                 push(Slot::Alpha, vec![], Dtype::F32, Some(options.alpha.unwrap_or(options.rank as f32)));
             }
@@ -90,11 +97,12 @@ pub fn sample(registry: &Registry, options: &SampleOptions) -> Result<Source> {
     Source::from_tensors(Path::new("sample"), metadata, tensors)
 }
 
-/// Names and shapes of the layers in the dialect's namespace.
-fn modules(component: &Component, place: &Place, top_level: bool) -> Vec<(String, usize, usize)> {
+/// Names of the layers in the dialect's namespace, with their outputs, and their inputs: of a convolution channels and kernel.
+fn modules(component: &Component, place: &Place, top_level: bool) -> Vec<(String, usize, Vec<usize>)> {
     let mut out = Vec::new();
     for row in component.rows.iter().filter(|r| r.op != Op::Only && !r.inputs.is_empty()) {
-        let width = row.inputs[0];
+        let area: usize = row.kernel.iter().product();
+        let inputs: Vec<usize> = [row.inputs[0] / area].into_iter().chain(row.kernel.iter().copied()).collect();
         let templates = if place.namespace == 0 {
             row.canonical.iter().zip(&row.outputs).map(|(t, n)| (t, *n)).collect::<Vec<_>>()
         } else {
@@ -103,7 +111,7 @@ fn modules(component: &Component, place: &Place, top_level: bool) -> Vec<(String
         for (template, output) in templates {
             for variables in component.instances(row) {
                 if top_level || !template.bounds().is_empty() {
-                    out.push((template.render(&variables), output, width));
+                    out.push((template.render(&variables), output, inputs.clone()));
                 }
             }
         }

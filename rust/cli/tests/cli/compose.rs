@@ -253,3 +253,17 @@ fn options_reach_the_engine() {
     place.ok(&["compose", "folder", "b.safetensors:-1", "-o", "a2.safetensors"]);
     place.ok(&["diff", "a.safetensors", "a2.safetensors"]);
 }
+
+#[test]
+fn adapters_for_two_experts_are_told_apart_by_their_names() {
+    let place = Place::new();
+    for name in ["style_high_noise", "style_low_noise"] {
+        let out = format!("{name}.safetensors");
+        place.ok(&["sample", "--family", "wan-1.3b", "--dialect", "comfyui", "--rank", "1", "-o", &out]);
+    }
+    let (high, low) = ("style_high_noise.safetensors", "style_low_noise.safetensors");
+    let mixed = place.ok(&["compose", high, low, "-o", "m.safetensors", "--json"]).json();
+    assert!(codes(&mixed).contains(&"mixed-experts"), "{mixed}");
+    let alone = place.ok(&["compose", high, "-o", "h.safetensors", "--json"]).json();
+    assert!(!codes(&alone).contains(&"mixed-experts"), "{alone}");
+}

@@ -9,6 +9,9 @@ use crate::io::{Source, TensorInfo};
 use crate::kind::{Kind, Slot};
 use crate::table::{Hit, Op, Registry};
 
+/// Families that a message names, of those that fit alike.
+const SHOWN: usize = 4;
+
 /// A file as one of a family.
 pub(super) struct Explained<'s> {
     pub family: usize,
@@ -132,10 +135,15 @@ fn decide(
 
 /// The error for a file that may be of several families, where that makes a difference.
 pub(crate) fn ambiguous(registry: &Registry, detection: &Detection, source: &Source, why: &str) -> Error {
-    let names: Vec<String> = detection.candidates.iter().map(|&f| registry.families[f].label()).collect();
-    Error::new(Code::AmbiguousFamily, format!("the file fits {} equally well{why}", names.join(" and ")))
+    let all: Vec<String> = detection.candidates.iter().map(|&f| registry.families[f].label()).collect();
+    let shown = &all[..all.len().min(SHOWN)];
+    let more = match all.len() - shown.len() {
+        0 => String::new(),
+        n => format!(" and {n} more"),
+    };
+    Error::new(Code::AmbiguousFamily, format!("the file fits {}{more} equally well{why}", shown.join(" and ")))
         .at(source.path())
-        .hint(format!("add `--family {}`", names.join("` or `--family ")))
+        .hint(format!("add `--family {}`", shown.join("` or `--family ")))
 }
 
 /// Of families that every key fits by itself, those whose modules most Kronecker products fit as wholes.
@@ -203,6 +211,18 @@ pub(super) fn said(source: &Source) -> Vec<String> {
 fn name_of(source: &Source) -> String {
     let stem = source.path().file_stem().unwrap_or_default().to_string_lossy().to_lowercase();
     stem.replace(['_', ' '], "-")
+}
+
+/// The expert of its family that a file is for, as its name says.
+pub(crate) fn expert<'r>(registry: &'r Registry, family: usize, source: &Source) -> Option<&'r str> {
+    // Hyphens around it, so that a word may ask for one.
+    let name = format!("-{}-", name_of(source).replace('.', "-"));
+    let mut found =
+        registry.families[family].experts.iter().filter(|(_, words)| words.iter().any(|w| name.contains(w.as_str())));
+    match (found.next(), found.next()) {
+        (Some((one, _)), None) => Some(one),
+        _ => None,
+    }
 }
 
 /// The one of the tied of whose hints the texts hold one; of several sizes of one family the first.

@@ -5,7 +5,7 @@ mod shape;
 
 use std::sync::Arc;
 
-pub(crate) use family::{ambiguous, other_families};
+pub(crate) use family::{ambiguous, expert, other_families};
 
 use crate::error::{Code, Error, Result};
 use crate::io::{Source, TensorInfo};

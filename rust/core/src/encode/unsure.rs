@@ -55,6 +55,7 @@ fn written(adapter: &Adapter, dialect: &Dialect, family: usize, component: usize
             };
             let other = place.namespace != 0;
             let part = (row.op == Op::Fuse && other).then_some(part);
+            let name = if place.prefix.ends_with('_') { name.replace('.', "_") } else { name };
             Some((format!("{}{name}", place.prefix), part, row.op == Op::SwapHalves && other))
         })
     })

@@ -30,6 +30,7 @@ pub(super) fn registry(extra: &[String]) -> Result<Registry> {
             title: size.head.title.clone(),
             order: size.head.order,
             hints: size.head.hints.clone(),
+            experts: size.head.experts.clone(),
             components: Components(lazy.clone()),
         })
         .collect();

@@ -169,6 +169,8 @@ pub struct Family {
     pub order: u32,
     /// Lower-case substrings of metadata that speak for this family.
     pub hints: Vec<String>,
+    /// Models of one shape that a pipeline holds side by side, with words of file names for each.
+    pub experts: BTreeMap<String, Vec<String>>,
     /// Its components, worked out when they are needed.
     pub components: Components,
 }

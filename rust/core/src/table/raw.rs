@@ -13,6 +13,8 @@ pub(super) struct Head {
     pub order: u32,
     #[serde(default)]
     pub hints: Vec<String>,
+    #[serde(default)]
+    pub experts: BTreeMap<String, Vec<String>>,
 }
 
 /// A family file: how the modules of one model architecture are named and shaped.
@@ -29,6 +31,9 @@ pub(super) struct Family {
     /// Read in its [`Head`].
     #[serde(default, rename = "hints")]
     pub _hints: Vec<String>,
+    /// Read in its [`Head`].
+    #[serde(default, rename = "experts")]
+    pub _experts: BTreeMap<String, Vec<String>>,
     /// Dialects that are written for it; `None` for all that have a place for it.
     pub dialects: Option<Vec<String>>,
     #[serde(default)]
