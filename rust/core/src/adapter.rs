@@ -87,6 +87,11 @@ impl Adapter {
         others.peek().is_some() && others.all(|p| p.module.has_plain_form())
     }
 
+    /// The known key of its family that is most like an unknown one.
+    pub fn nearest(&self, key: &str) -> Option<String> {
+        self.registry.nearest_in(self.family, key)
+    }
+
     /// The table of a component.
     pub fn component(&self, component: usize) -> &Component {
         &self.family_table().components[component]

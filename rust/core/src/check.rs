@@ -41,7 +41,7 @@ pub fn check(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> R
     for (count, &index) in adapter.unknown.iter().enumerate() {
         let name = &source.tensors()[index].name;
         // Comparing with every known name takes a while, and nobody reads thousands of suggestions.
-        let nearest = if count < SUGGESTIONS { registry.nearest_in(adapter.family, name) } else { None };
+        let nearest = if count < SUGGESTIONS { adapter.nearest(name) } else { None };
         let nearest = nearest.map_or_else(String::new, |n| format!("; the nearest known key is `{n}`"));
         problems.push(Error::new(Code::UnknownKey, format!("`{name}` is unknown{nearest}")).key(name));
     }

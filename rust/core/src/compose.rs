@@ -510,7 +510,7 @@ fn unknown_key(adapter: &Adapter, name: &str) -> Error {
     let others = adapter.families_of(name);
     if !others.is_empty() {
         message += &format!("; it is a key of {}", others.join(", "));
-    } else if let Some(nearest) = adapter.registry.nearest_in(adapter.family, name) {
+    } else if let Some(nearest) = adapter.nearest(name) {
         message += &format!("; the nearest known key is `{nearest}`");
     }
     Error::new(Code::UnknownKey, message).key(name).at(adapter.source.path())

@@ -34,7 +34,7 @@ pub fn decode_accounts_for_every_tensor(data: &[u8]) {
     assert!((0.0..=1.0).contains(&described.coverage), "coverage {}", described.coverage);
     // A suggestion is made for messages; any is fine, none may panic. It is slow, so one is enough.
     if let Some(&index) = adapter.unknown.first() {
-        let _ = registry.nearest(&source.tensors()[index].name);
+        let _ = adapter.nearest(&source.tensors()[index].name);
     }
 }
 
