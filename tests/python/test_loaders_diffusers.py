@@ -58,6 +58,8 @@ def kind_of(listing: Listing) -> str:
 APART = {
     "flux_peft_named_default": "keys of a named adapter",
     "flux_mixed_same_block_twice": "of several dialects",
+    "flux2_klein_9b_diffusers_peft": "for a size that the models here do not have",
+    "ltx2_distilled": "it has layers of the connectors, for which these pipelines have no place",
     "anima_lora_peft": "its shapes are not those of the published model",
 }
 FIXTURES = {

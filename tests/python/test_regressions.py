@@ -204,7 +204,7 @@ def test_text_encoders_alone_prove_no_family() -> None:
     clip = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     state = {f"{clip}.lora_down.weight": torch.ones(2, 768), f"{clip}.lora_up.weight": torch.ones(3072, 2)}
     assert lorafmt.detect(state).family == "flux1"
-    state["lora_unet_input_blocks_4_1_proj_in.alpha"] = torch.tensor(1.0)
+    state["lora_unet_mystery_4_1_proj_in.alpha"] = torch.tensor(1.0)
     with pytest.raises(lorafmt.FormatError) as caught:
         lorafmt.open(state)
     assert caught.value.code == "unknown-family"

@@ -391,5 +391,5 @@ def test_flat_names_are_resized_alike(tmp_path: Path) -> None:
     suffixes = (".lora_down.weight", ".lora_up.weight")
     one = lora(tmp_path / "a.safetensors", {"x_embedder": 12}, dtype="F32", seed=5)
     other = lora(tmp_path / "b.safetensors", {"img_in": 12}, flat("lora_unet_"), suffixes, dtype="F32", seed=5)
-    errors = [lorafmt.resize(p, rank=4).report["resize"]["relative_error"] for p in (one, other)]
+    errors = [lorafmt.resize(p, rank=4, family="flux1").report["resize"]["relative_error"] for p in (one, other)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-12)

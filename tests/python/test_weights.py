@@ -103,8 +103,9 @@ def test_several_adapters_are_rounded_once(tmp_path: Path, dtype: str) -> None:
     stored = rounded(want, dtype) - ada
     delta = want - ada
     found = next(t for t in report.fused if "adaLN" in t.key)
-    assert found.gain == pytest.approx((stored * delta).sum() / (delta * delta).sum(), rel=1e-9)
-    assert found.err == pytest.approx(np.linalg.norm(stored - delta) / np.linalg.norm(delta), rel=1e-9, abs=1e-12)
+    # The rounded values are exact; what is measured of them is summed in float32 by rows where the base is bfloat16.
+    assert found.gain == pytest.approx((stored * delta).sum() / (delta * delta).sum(), rel=1e-8)
+    assert found.err == pytest.approx(np.linalg.norm(stored - delta) / np.linalg.norm(delta), rel=1e-7, abs=1e-12)
     lorafmt.unfuse(out, tmp_path / "back.safetensors", undo=undo)
     assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
 
