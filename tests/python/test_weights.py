@@ -146,7 +146,8 @@ def test_any_strength_is_rounded_once(tmp_path: Path) -> None:
     got = TensorFile(tmp_path / "out.safetensors")["double_blocks.1.img_attn.proj.weight"].astype(np.float64)
     low, high = rounded(want * (1 - 1e-9), "BF16"), rounded(want * (1 + 1e-9), "BF16")
     assert np.all((got == low) | (got == high) | (np.abs(want) < 1e-7))
-    assert (got != rounded(want, "BF16")).mean() < 1e-6
+    # The reference goes through float32, which makes a few ties of its own.
+    assert (got != rounded(want, "BF16")).mean() < 3e-6
 
 
 def fp8_codes(dtype: str) -> np.ndarray:
