@@ -234,3 +234,15 @@ def test_hints_of_exceptions_speak_python(tmp_path: Path) -> None:
     with pytest.raises(lorafmt.OutputExistsError) as caught:
         lorafmt.convert(pair(K), tmp_path / "o.safetensors")
     assert "overwrite=True" in caught.value.hint and "--" not in caught.value.hint
+
+
+def test_a_name_of_two_encoders_goes_by_its_shapes() -> None:
+    """PEFT saves each model of a pipeline by itself: CLIP-L and CLIP-G then have the same names."""
+    clip = "base_model.model.text_model.encoder.layers.0.mlp.fc1"
+    unet = "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {}
+    for name, rows, columns in ((clip, 5120, 1280), (unet, 640, 640)):
+        state |= {f"{name}.lora_A.weight": torch.ones(2, columns), f"{name}.lora_B.weight": torch.ones(rows, 2)}
+    written = lorafmt.convert(state, to="kohya").to_torch()
+    assert {key.split("_text_model_")[0] for key in written if "_text_model_" in key} == {"lora_te2"}
+    assert sum(key.startswith("lora_te2") for key in written) == 3

@@ -2,15 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use rustc_hash::FxHashMap;
+
 use super::shape::{fits, is_size, kronecker};
-use super::{Detection, Given, Meaning, level, meaning};
+use super::{Detection, Given, Meaning, level};
 use crate::error::{Code, Error, Result};
 use crate::io::{Source, TensorInfo};
 use crate::kind::{Kind, Slot};
-use crate::table::{Hit, Op, Registry};
+use crate::table::{Hit, Op, Read, Registry};
 
 /// Families that a message names, of those that fit alike.
 const SHOWN: usize = 4;
+
+/// Keys by which it is decided which family is tried first.
+const SAMPLE: usize = 32;
 
 /// A file as one of a family.
 pub(super) struct Explained<'s> {
@@ -31,26 +36,59 @@ impl Explained<'_> {
     }
 }
 
-/// Reads a file as one of a family.
-fn explain<'s>(registry: &Registry, source: &'s Source, given: &Given, family: usize) -> Explained<'s> {
-    let dialect = given.dialect.map(|d| &registry.dialects[d]);
-    let allowed = |(read, hit): &(crate::table::Read<'_>, Hit)| {
-        dialect.is_none_or(|d| level(d, hit, read.suffix.slot, read.suffix.suffix) > 0)
-    };
+/// Reads a file as one of a family; `None` if that explains fewer than `least` keys with their shapes.
+///
+/// A name that several components have, two text encoders of one build, is that of the component whose shapes its tensors
+/// have; the module's other tensors follow those that tell.
+fn explain<'s>(
+    registry: &Registry,
+    source: &'s Source,
+    given: &Given,
+    family: usize,
+    least: usize,
+) -> Option<Explained<'s>> {
     let tensors = source.tensors();
-    let meanings: Vec<Meaning<'s>> =
-        tensors.iter().map(|info| meaning(registry, family, info).filter(allowed)).collect();
-    let fitting = |(meaning, info): &(&Meaning<'_>, &TensorInfo)| {
-        meaning.as_ref().is_some_and(|(read, hit)| fits(registry, hit, read.suffix.slot, &info.shape))
+    let dialect = given.dialect.map(|d| &registry.dialects[d]);
+    let mut left = tensors.len().checked_sub(least)?;
+    let mut reads = Vec::with_capacity(tensors.len());
+    let mut told: FxHashMap<&str, usize> = FxHashMap::default();
+    for info in tensors {
+        let mut read = registry.read_in(family, &info.name);
+        if let (Some(read), Some(dialect)) = (&mut read, dialect) {
+            read.hits.retain(|hit| level(dialect, hit, read.suffix.slot, read.suffix.suffix) > 0);
+        }
+        let read = read.filter(|r| !r.hits.is_empty());
+        match read.as_ref().map(|r| (r, fitting(registry, r, info))) {
+            Some((read, fit)) if !fit.is_empty() => {
+                if fit.len() < read.hits.len() {
+                    told.entry(read.suffix.base).or_insert(read.hits[fit[0]].component);
+                }
+            }
+            _ if left == 0 => return None,
+            _ => left -= 1,
+        }
+        reads.push(read);
+    }
+    let settle = |read: Read<'s>| {
+        let own = told.get(read.suffix.base).and_then(|c| read.hits.iter().find(|hit| hit.component == *c));
+        let hit = own.or(read.hits.first())?.clone();
+        Some((read, hit))
     };
-    let score = meanings.iter().zip(tensors).filter(fitting).count();
-    Explained { family, meanings, score }
+    let meanings = reads.into_iter().map(|read| read.and_then(settle)).collect();
+    Some(Explained { family, meanings, score: least + left })
+}
+
+/// Which of the modules that a key can mean have a shape that fits.
+fn fitting(registry: &Registry, read: &Read<'_>, info: &TensorInfo) -> Vec<usize> {
+    let fits = |hit: &Hit| fits(registry, hit, read.suffix.slot, &info.shape);
+    (0..read.hits.len()).filter(|&at| fits(&read.hits[at])).collect()
 }
 
 /// The file as every family that explains most of its keys with their shapes.
 ///
 /// No family explains more keys than it has the words of. So families are tried in the order of that number, and no more
-/// of them once it is below what one explains: a typical file takes the tables of a few.
+/// of them once it is below what one explains; and trying ends with the key that makes it too few. A typical file takes
+/// the tables of a few families, and one pass over its keys.
 fn best<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Vec<Explained<'s>> {
     let mut bounds = vec![0usize; registry.families.len()];
     for info in source.tensors() {
@@ -59,22 +97,33 @@ fn best<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Vec<Expla
     let allowed = |f: &usize| given.families.is_empty() || given.families.contains(f);
     let mut order: Vec<usize> = (0..bounds.len()).filter(allowed).filter(|&f| bounds[f] > 0).collect();
     order.sort_by_key(|&f| (std::cmp::Reverse(bounds[f]), f));
+    // Of those that have the words of most keys, the one that explains most of a few goes first: it leaves little to try.
+    let front = order.partition_point(|&f| bounds[f] == bounds[order[0]]);
+    if front > 1 {
+        order[..front].sort_by_cached_key(|&f| std::cmp::Reverse(explained_of_some(registry, source, f)));
+    }
     let mut found: Vec<Explained<'s>> = Vec::new();
     for family in order {
         let most = found.first().map_or(1, |e| e.score);
         if bounds[family] < most {
             break;
         }
-        let explained = explain(registry, source, given, family);
-        if explained.score > most || (explained.score == most && found.is_empty()) {
+        let Some(explained) = explain(registry, source, given, family, most) else { continue };
+        if explained.score > most {
             found.clear();
         }
-        if explained.score >= most.max(1) {
-            found.push(explained);
-        }
+        found.push(explained);
     }
     found.sort_by_key(|e| e.family);
     found
+}
+
+/// How many of some keys, spread over the file, a family explains with their shapes.
+fn explained_of_some(registry: &Registry, source: &Source, family: usize) -> usize {
+    let tensors = source.tensors();
+    let some = tensors.iter().step_by(tensors.len().div_ceil(SAMPLE));
+    some.filter(|info| registry.read_in(family, &info.name).is_some_and(|r| !fitting(registry, &r, info).is_empty()))
+        .count()
 }
 
 type Choice<'s> = (Explained<'s>, Vec<usize>, Option<&'static str>);
