@@ -19,6 +19,13 @@ fn layers(component: &Component, namespace: usize) -> BTreeSet<String> {
     names.collect()
 }
 
+/// Built-in tables are worked out when they are needed; here all are, with what no table shows by itself.
+#[test]
+fn the_built_in_tables_are_valid() {
+    Registry::builtin().check().expect("valid");
+    assert!(Registry::builtin().programs().len() > 10);
+}
+
 #[test]
 fn flux_has_all_its_layers() {
     // 504 Linear modules in FluxTransformer2DModel, 314 in the original code.

@@ -92,8 +92,10 @@ type Names = BTreeMap<String, String>;
 
 /// The names for each entry of the lists in them.
 fn listed(file: &str, names: &Names, lists: &raw::Lists) -> Result<Vec<Names>> {
-    let used = |list: &String| names.values().any(|n| n.contains(&format!("{{{list}}}")));
-    let Some((list, entries)) = lists.iter().find(|(list, _)| used(list)) else { return Ok(vec![names.clone()]) };
+    let groups = names.values().flat_map(|n| n.split('{').skip(1)).filter_map(|rest| Some(rest.split_once('}')?.0));
+    let Some((list, entries)) = groups.into_iter().find_map(|group| lists.get_key_value(group)) else {
+        return Ok(vec![names.clone()]);
+    };
     let word = format!("{{{list}}}");
     let count = entries.values().map(Vec::len).next().unwrap_or(0);
     if count == 0 || entries.values().any(|e| e.len() != count) {

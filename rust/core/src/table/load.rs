@@ -1,7 +1,6 @@
 //! From tables to a registry.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 
 use super::compile::{Components, Lazy, Natives, Places};
@@ -92,7 +91,6 @@ fn dialect(raw: &raw::Dialect, number: usize, families: &[Family], compiled: &Ar
     }
     let of = (0..families.len()).filter(|&f| raw.native.iter().any(|n| n.families.contains(&families[f].name)));
     let ends = raw.native.iter().flat_map(|n| [&n.down[..], &n.up[..]]).flatten().cloned();
-    let all = || OnceLock::new();
     Ok(Dialect {
         name: raw.name.clone(),
         title: raw.title.clone(),
@@ -107,6 +105,6 @@ fn dialect(raw: &raw::Dialect, number: usize, families: &[Family], compiled: &Ar
         spelling,
         native_ends: ends.collect(),
         places: Places { dialect: number, families: Arc::clone(compiled), all: OnceLock::new() },
-        natives: Natives { dialect: number, of: of.collect(), families: Arc::clone(compiled), all: all() },
+        natives: Natives { dialect: number, of: of.collect(), families: Arc::clone(compiled), all: OnceLock::new() },
     })
 }

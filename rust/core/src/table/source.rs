@@ -1,5 +1,6 @@
 //! The tables as they are written, read as far as they are needed.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
@@ -33,20 +34,21 @@ fn parse<T: DeserializeOwned>(file: &str, text: &str) -> Result<T> {
 #[derive(Debug)]
 struct Table<T> {
     name: String,
-    text: String,
-    words: BTreeSet<String>,
+    text: Cow<'static, str>,
+    words: Vec<Cow<'static, str>>,
     read: OnceLock<T>,
 }
 
 impl<T: DeserializeOwned> Table<T> {
     fn listed(listed: &Listed) -> Self {
-        let words = listed.words.iter().map(|w| (*w).to_owned()).collect();
-        Self { name: listed.name.to_owned(), text: listed.text.to_owned(), words, read: OnceLock::new() }
+        let words = listed.words.iter().map(|w| Cow::Borrowed(*w)).collect();
+        Self { name: listed.name.to_owned(), text: Cow::Borrowed(listed.text), words, read: OnceLock::new() }
     }
 
     fn given(name: &str, text: &str) -> Self {
-        let all = words(text).map(str::to_owned).collect();
-        Self { name: name.to_owned(), text: text.to_owned(), words: all, read: OnceLock::new() }
+        let all: BTreeSet<&str> = words(text).collect();
+        let words = all.into_iter().map(|w| Cow::Owned(w.to_owned())).collect();
+        Self { name: name.to_owned(), text: Cow::Owned(text.to_owned()), words, read: OnceLock::new() }
     }
 
     fn get(&self) -> Result<&T> {
@@ -137,7 +139,7 @@ impl Sources {
         let extensions = self.dialects.iter().flat_map(|d| &d.extend);
         let extensions = extensions.filter(|e| e.families.contains(&size.head.name));
         let rows = extensions.flat_map(|e| &e.rows).flat_map(|row| row.names.values().chain(row.param.values()));
-        table.words.iter().chain(parts).map(String::as_str).chain(rows.flat_map(|name| words(name)))
+        table.words.iter().chain(parts).map(AsRef::as_ref).chain(rows.flat_map(|name| words(name)))
     }
 
     /// The words of what stands before and behind names, in any dialect.
