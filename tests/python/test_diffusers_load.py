@@ -26,36 +26,22 @@ transformers = pytest.importorskip("transformers")
 from diffusers.loaders import FluxLoraLoaderMixin  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
+from diffusers_loads import hollow  # noqa: E402
+
 INPUT_WIDTH = {"flux_control_lora": 128, "flux_fill_x_embedder_384": 384}
 # Loaded at full size; of the others a few blocks, since adding layers is what takes the time.
 WHOLE = ("flux_kohya_all_linear",)
 
 
-def _hollow(build) -> torch.nn.Module:
-    """A model whose matrices are stride-0 zeros; vectors (norms, biases) are real, as loading sets some."""
-    with torch.device("meta"):
-        model = build()
-    for name, parameter in list(model.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        zeros = torch.zeros(1).expand(parameter.shape) if parameter.ndim > 1 else torch.zeros(parameter.shape)
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(zeros, requires_grad=False))
-    for name, buffer in list(model.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner).register_buffer(
-            leaf, torch.zeros(buffer.shape, dtype=buffer.dtype), persistent=False
-        )
-    return model
-
-
 def _flux(width: int = 64) -> torch.nn.Module:
-    return _hollow(lambda: diffusers.FluxTransformer2DModel(in_channels=width, out_channels=64, guidance_embeds=True))
+    return hollow(lambda: diffusers.FluxTransformer2DModel(in_channels=width, out_channels=64, guidance_embeds=True))
 
 
 def _clip() -> torch.nn.Module:
     config = transformers.CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_attention_heads=12, vocab_size=49408
     )
-    return _hollow(lambda: transformers.CLIPTextModel(config))
+    return hollow(lambda: transformers.CLIPTextModel(config))
 
 
 class Pipeline(FluxLoraLoaderMixin):
@@ -150,7 +136,7 @@ def test_control_and_fill_load(tmp_path: Path, name: str, width: int, caplog) ->
 
 
 def test_chroma_loads(tmp_path: Path, caplog) -> None:
-    model = _hollow(diffusers.ChromaTransformer2DModel)
+    model = hollow(diffusers.ChromaTransformer2DModel)
     _assert_loads(make("chroma_kohya_guidance_layer", tmp_path / "in"), tmp_path, model, caplog)
 
 

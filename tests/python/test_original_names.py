@@ -24,11 +24,12 @@ def numbered(model: tables.Model, converter: models.Converter) -> tuple[dict[str
     """
     import torch
 
-    layers = model.components["transformer"]
-    swapped = model.swapped.get("transformer", {}).get("original", set())
-    params = model.params.get("transformer", {}).get("original", {})
+    part = converter.component
+    layers = model.components[part]
+    swapped = model.swapped.get(part, {}).get("original", set())
+    params = model.params.get(part, {}).get("original", {})
     checkpoint, expected, first = {}, {}, 0
-    for name, canonical in model.names["transformer"]["original"].items():
+    for name, canonical in model.names[part]["original"].items():
         # A parameter that is no layer may be called differently on either side; layers have a bias too.
         own, theirs = layers[canonical[0]].param or "weight", params.get(name, "weight")
         for ours, their in [(own, theirs), ("bias", "bias")] if own == "weight" else [(own, theirs)]:
@@ -38,7 +39,8 @@ def numbered(model: tables.Model, converter: models.Converter) -> tuple[dict[str
                 first += layers[path].outputs
                 moved = torch.cat(rows[-1].chunk(2)[::-1]) if name in swapped else rows[-1]
                 expected[f"{path}.{ours}"] = moved
-            checkpoint[f"{converter.prefix}{name}.{their}"] = torch.cat(rows)
+            dot = "_" if converter.joined and name.endswith(converter.joined) else "."
+            checkpoint[f"{converter.prefix}{name}{dot}{their}"] = torch.cat(rows)
     for extra in converter.extras:
         checkpoint[converter.prefix + extra] = torch.zeros(2)
     return checkpoint, expected
@@ -52,7 +54,7 @@ def test_rows_land_where_diffusers_puts_them(family: str, variant: str | None) -
     converter = models.CONVERTERS[family, variant]
     model = next(m for m in tables.load(family) if m.variant == variant)
     checkpoint, expected = numbered(model, converter)
-    found = getattr(single_file_utils, converter.function)(checkpoint)
+    found = getattr(single_file_utils, converter.function)(checkpoint, **converter.arguments)
     known = {key: rows for key, rows in expected.items() if not any(part in key for part in converter.ignores)}
     # Diffusers leaves out the biases that the model does not have.
     assert [key for key in known if key not in found and not key.endswith(".bias")] == []

@@ -5,4 +5,4 @@ from .build import Converter as Converter
 
 CLASSES = {**flux.CLASSES, **images.CLASSES, **others.CLASSES, **unets.CLASSES}
 EMBEDDINGS = flux.EMBEDDINGS | images.EMBEDDINGS | others.EMBEDDINGS | unets.EMBEDDINGS
-CONVERTERS = {**flux.CONVERTERS, **images.CONVERTERS, **others.CONVERTERS}
+CONVERTERS = {**flux.CONVERTERS, **images.CONVERTERS, **others.CONVERTERS, **unets.CONVERTERS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Shapes = dict[str, tuple[int, ...]]
 Build = Callable[[], Shapes]
@@ -19,6 +19,11 @@ class Converter:
     extras: tuple[str, ...] = ()
     # Parts of the names that it does not know, because it was written for an earlier version of the model.
     ignores: tuple[str, ...] = ()
+    component: str = "transformer"
+    # What it is told beside the checkpoint.
+    arguments: dict[str, object] = field(default_factory=dict)
+    # Ends of names behind which a parameter follows without a dot: fused q, k and v of torch's own attention.
+    joined: tuple[str, ...] = ()
 
 
 def meta(make: Callable[[], object]) -> Build:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import Build, Shapes, diffusers, meta
+from .build import Build, Converter, Shapes, diffusers, meta
 
 _WITH_ATTENTION = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 _WITHOUT = ("DownBlock2D", "UpBlock2D")
@@ -115,3 +115,24 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
 
 # Paths of matrices that no adapter factors: looked up, not multiplied.
 EMBEDDINGS: set[str] = set()
+
+
+def _ldm(**config: object) -> Converter:
+    config = {"layers_per_block": 2, **config}
+    return Converter(
+        "convert_ldm_unet_checkpoint", "model.diffusion_model.", component="unet", arguments={"config": config}
+    )
+
+
+def _stage_c() -> Converter:
+    return Converter("convert_stable_cascade_unet_single_file_to_diffusers", component="prior", joined=("in_proj",))
+
+
+CONVERTERS: dict[tuple[str, str | None], Converter] = {
+    ("sd15", None): _ldm(),
+    ("sd21", None): _ldm(),
+    ("sdxl", None): _ldm(addition_embed_type="text_time"),
+    ("sdxl-refiner", None): _ldm(addition_embed_type="text_time"),
+    ("cascade", "3.6b"): _stage_c(),
+    ("cascade", "1b"): _stage_c(),
+}
