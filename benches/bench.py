@@ -155,11 +155,11 @@ class Bench:
     def out(self) -> Path:
         return self.folder / "out.safetensors"
 
-    def sample(self, dialect: str, rank: int, alpha: int | None = None, seed: int = 0) -> Path:
-        path = self.folder / f"{dialect}-r{rank}-a{alpha}-{seed}.safetensors"
+    def sample(self, dialect: str, rank: int, alpha: int | None = None, seed: int = 0, family: str = "flux1") -> Path:
+        path = self.folder / f"{family}-{dialect}-r{rank}-a{alpha}-{seed}.safetensors"
         if not path.exists():
             extra = [] if alpha is None else ["--alpha", alpha]
-            options = ["--family", "flux1", "--dialect", dialect, "--rank", rank, "--seed", seed, "-o", path]
+            options = ["--family", family, "--dialect", dialect, "--rank", rank, "--seed", seed, "-o", path]
             run(BINARY, "sample", *options, *extra)()
         return path
 
@@ -277,6 +277,33 @@ def conversions(bench: Bench, big: bool) -> None:
         source = partial(bench.sample, "kohya", rank, rank)
         measure = lambda source=source: private_peak(convert_command(source(), "diffusers", bench.out))  # noqa: E731
         bench.memory(f"private memory, r{rank}", measure)
+
+
+#: Family -> the dialect of its sample, and another one: convolutions, fused attention, plain renames.
+FAMILIES = {
+    "sdxl": ("kohya", "diffusers"),
+    "sd15": ("kohya", "diffusers"),
+    "qwen-image": ("kohya", "diffusers"),
+    "z-image": ("comfyui", "diffusers"),
+    "wan-14b": ("kohya", "diffusers"),
+    "hunyuan-video": ("kohya", "diffusers"),
+    "flux2-dev": ("diffusers", "comfyui"),
+}
+
+
+def families(bench: Bench) -> None:
+    """Files of all layers at rank 16: the conversion, and how long it takes to say what a file is."""
+    import lorafmt
+
+    for family, (own, other) in FAMILIES.items():
+        title, known = f"{family} {own} -> {other} r16", f"lorafmt detect, {family} {own} r16"
+        if not bench.wants(*both(title), known):
+            continue
+        path = bench.sample(own, 16, None, 0, family)
+        work = partial(lorafmt.convert, path, bench.out, to=other, family=family, overwrite=True)
+        bench.both(title, work, convert_command(path, other, bench.out, "--family", family))
+        bench.median_of(known, run(BINARY, "detect", path))
+        path.unlink()
 
 
 def starts(bench: Bench, big: bool) -> None:
@@ -406,6 +433,7 @@ def main() -> None:
         # Makes room: the folder is memory.
         for path in bench.folder.glob("*-r128-*"):
             path.unlink()
+        families(bench)
         compositions(bench)
         natives(bench)
         tensors(bench)
