@@ -2,10 +2,12 @@
 
 mod header;
 mod source;
+mod store;
 mod write;
 
 pub(crate) use header::parse_head;
 pub use header::{Header, MAX_HEADER, TensorInfo, parse};
 pub use source::{Bytes, Source};
+pub use store::{Local, Object, Store};
 pub(crate) use write::write_at;
 pub use write::{Control, Layout, Pending, WriteOptions, refuse_existing, write_file, write_to};
