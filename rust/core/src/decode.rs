@@ -63,7 +63,7 @@ pub fn decode(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> 
 pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> Result<(Adapter, Vec<Error>)> {
     let reading = (given.base.clone(), given.only);
     let (detection, meanings, branches) = detect(registry, source, given)?;
-    let config = peft_config(registry, source, &meanings)?;
+    let config = peft_config(registry, detection.family, source, &meanings)?;
     let alphas = AlphaConfig::read(source, config.as_ref().map(|(p, text)| (p.as_path(), text.as_str())))?;
     let mut adapter = Adapter {
         registry: Arc::clone(registry),
@@ -93,10 +93,15 @@ pub fn decode_lenient(registry: &Arc<Registry>, source: &Arc<Source>, given: &Gi
 }
 
 /// `adapter_config.json` beside the file, for files in the dialect that keeps its scale there.
-fn peft_config(registry: &Registry, source: &Source, meanings: &[Meaning<'_>]) -> Result<Option<(PathBuf, String)>> {
+fn peft_config(
+    registry: &Registry,
+    family: usize,
+    source: &Source,
+    meanings: &[Meaning<'_>],
+) -> Result<Option<(PathBuf, String)>> {
     let keeps_config = |prefix: &str| {
         let dialects = registry.dialects.iter().filter(|d| d.alpha == AlphaPolicy::Config);
-        dialects.flat_map(|d| &d.places).any(|p| p.prefix == prefix || p.also.iter().any(|a| a == prefix))
+        dialects.flat_map(|d| d.places.of(family)).any(|p| p.prefix == prefix || p.also.iter().any(|a| a == prefix))
     };
     let path = source.path();
     let named = path.file_name().is_some_and(|n| n == "adapter_model.safetensors");

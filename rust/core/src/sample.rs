@@ -83,6 +83,9 @@ pub fn sample(registry: &Registry, options: &SampleOptions) -> Result<Source> {
             }
         }
     }
+    if infos.is_empty() {
+        return Err(Error::new(Code::NoModules, "the family has no layers in blocks").hint("add `--top-level`"));
+    }
     let tensors: Vec<(TensorInfo, Bytes)> = infos
         .into_par_iter()
         .map(|(info, value)| {
@@ -110,7 +113,7 @@ fn modules(component: &Component, place: &Place, top_level: bool) -> Vec<(String
         };
         for (template, output) in templates {
             for variables in component.instances(row) {
-                if top_level || !template.bounds().is_empty() {
+                if top_level || in_a_block(&row.canonical[0].render(&variables)) {
                     out.push((template.render(&variables), output, inputs.clone()));
                 }
             }
@@ -120,6 +123,12 @@ fn modules(component: &Component, place: &Place, top_level: bool) -> Vec<(String
     out.sort();
     out.dedup();
     out
+}
+
+/// Whether a module is inside a numbered block: a number in its path has something behind it.
+fn in_a_block(path: &str) -> bool {
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    path.rsplit('.').skip(1).any(number)
 }
 
 /// Values between -0.04 and 0.04, made of the seed, the key and the element's number (SplitMix64, Steele et al. 2014).

@@ -258,3 +258,25 @@ fn a_sample_has_a_limit() {
     let error = lorafmt_core::sample::sample(&Registry::builtin(), &options).expect_err("too large");
     assert_eq!(error.code().as_str(), "invalid-argument");
 }
+
+#[test]
+fn a_sample_of_any_model_has_layers() {
+    let registry = Registry::builtin();
+    for (f, family) in registry.families.iter().enumerate() {
+        for dialect in registry.dialects.iter().filter(|d| d.writes(f) && d.native(f).is_none()).take(2) {
+            let options = lorafmt_core::sample::SampleOptions {
+                family: family.label(),
+                dialect: dialect.name.clone(),
+                rank: 1,
+                alpha: None,
+                dtype: lorafmt_core::dtype::Dtype::BF16,
+                seed: 0,
+                top_level: false,
+                text_encoders: false,
+            };
+            let source = lorafmt_core::sample::sample(&registry, &options);
+            let what = format!("{} {}", options.family, options.dialect);
+            assert!(source.is_ok_and(|s| s.tensors().len() > 10), "{what}");
+        }
+    }
+}

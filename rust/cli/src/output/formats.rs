@@ -91,7 +91,7 @@ fn dialect(registry: &Registry, dialect: &Dialect) -> Value {
     let families: Map<String, Value> = names.collect();
     let spelling: Map<String, Value> =
         dialect.spelling.iter().map(|(slot, text)| (slot.name().to_owned(), text.clone().into())).collect();
-    let places = dialect.places.iter().map(|place| {
+    let places = dialect.places.all().map(|place| {
         let family = &registry.families[place.family];
         let component = &family.components[place.component];
         json!({

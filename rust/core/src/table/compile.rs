@@ -74,12 +74,11 @@ impl<'a> IntoIterator for &'a Components {
     }
 }
 
-/// Where a dialect puts components: of one family, or as a slice those of all, which works all out.
+/// Where a dialect puts components, by family.
 #[derive(Debug, Clone)]
 pub struct Places {
     pub(super) dialect: usize,
     pub(super) families: Arc<[Lazy]>,
-    pub(super) all: OnceLock<Vec<Place>>,
 }
 
 impl Places {
@@ -87,22 +86,10 @@ impl Places {
     pub fn of(&self, family: usize) -> &[Place] {
         &self.families[family].places[self.dialect]
     }
-}
 
-impl Deref for Places {
-    type Target = [Place];
-
-    fn deref(&self) -> &[Place] {
-        self.all.get_or_init(|| (0..self.families.len()).flat_map(|f| self.of(f).iter().cloned()).collect())
-    }
-}
-
-impl<'a> IntoIterator for &'a Places {
-    type Item = &'a Place;
-    type IntoIter = std::slice::Iter<'a, Place>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.iter()
+    /// Those of all families, which works all of them out: for listings only.
+    pub fn all(&self) -> impl Iterator<Item = &Place> {
+        (0..self.families.len()).flat_map(|family| self.of(family))
     }
 }
 

@@ -104,7 +104,7 @@ fn dialect(raw: &raw::Dialect, number: usize, families: &[Family], compiled: &Ar
         reserved: raw.reserved.clone(),
         spelling,
         native_ends: ends.collect(),
-        places: Places { dialect: number, families: Arc::clone(compiled), all: OnceLock::new() },
+        places: Places { dialect: number, families: Arc::clone(compiled) },
         natives: Natives { dialect: number, of: of.collect(), families: Arc::clone(compiled), all: OnceLock::new() },
     })
 }
