@@ -124,8 +124,7 @@ pub(crate) fn level(dialect: &Dialect, hit: &Hit, slot: Slot, suffix: &str) -> u
     let here = |p: &&crate::table::Place| *p.prefix == *hit.prefix || p.also.iter().any(|also| **also == *hit.prefix);
     let places = dialect.places.of(hit.family).iter().filter(|p| p.component == hit.component).filter(here);
     let names = places.map(|p| usize::from(p.namespace == hit.namespace)).max();
-    let spelled = dialect.suffix(slot, None).is_some_and(|s| s == suffix);
-    names.map_or(0, |names| 1 + names + usize::from(spelled))
+    names.map_or(0, |names| 1 + names + usize::from(dialect.spells(slot, suffix)))
 }
 
 fn choose_dialect(

@@ -151,6 +151,7 @@ pub(super) fn suffixes(table: &BTreeMap<String, Vec<String>>, dialects: &[Dialec
     let mut out: Vec<Suffix> = Vec::new();
     let mut add = |slot: Slot, index: usize, text: &str| {
         let (head, tail) = match text.split_once('*') {
+            Some((head, _)) if !head.ends_with('.') => return Err(format!("`{text}` needs a dot before the `*`")),
             Some((head, tail)) => (head.to_owned(), Some(tail.to_owned())),
             None => (text.to_owned(), None),
         };
@@ -158,18 +159,19 @@ pub(super) fn suffixes(table: &BTreeMap<String, Vec<String>>, dialects: &[Dialec
         if !out.iter().any(|s| (s.slot, &s.head, &s.tail) == (slot, &suffix.head, &suffix.tail)) {
             out.push(suffix);
         }
+        Ok(())
     };
     for (name, spellings) in table {
         let slot = Slot::from_name(name).ok_or_else(|| format!("no slot is called `{name}`"))?;
         for (index, text) in spellings.iter().enumerate() {
-            add(slot, index, text);
+            add(slot, index, text)?;
         }
     }
     for dialect in dialects {
         for (&slot, text) in &dialect.spelling {
             // Which magnitude it is shows in the shape, so both are read as one slot.
             if !text.contains("param}") && slot != Slot::MagnitudeIn {
-                add(slot, usize::MAX, text);
+                add(slot, usize::MAX, text)?;
             }
         }
     }
@@ -304,12 +306,9 @@ impl Suffix {
             None => (key.strip_suffix(self.head.as_str())?, None),
             Some(tail) => {
                 let front = key.strip_suffix(tail.as_str())?;
-                let at = front.rfind(self.head.as_str())?;
-                let name = &front[at + self.head.len()..];
-                if name.is_empty() || name.contains('.') {
-                    return None;
-                }
-                (&front[..at], Some(name))
+                // The name has no dot, so it begins behind the last one, with which the head ends.
+                let (_, name) = front.rsplit_once('.').filter(|(_, name)| !name.is_empty())?;
+                (front[..front.len() - name.len()].strip_suffix(self.head.as_str())?, Some(name))
             }
         };
         Some(SuffixMatch { slot: self.slot, base, suffix: &key[base.len()..], adapter, spelling: self.index })

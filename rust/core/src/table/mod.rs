@@ -274,6 +274,14 @@ impl Dialect {
         let optional = if param == "weight" { String::new() } else { format!(".{param}") };
         Some(spelled.replace("{.param}", &optional).replace("{param}", param))
     }
+
+    /// Whether a suffix is the one that it writes for a slot.
+    pub(crate) fn spells(&self, slot: Slot, suffix: &str) -> bool {
+        match self.spelling.get(&slot) {
+            Some(spelled) if spelled.contains('{') => self.suffix(slot, None).is_some_and(|s| s == suffix),
+            spelled => spelled.is_some_and(|s| s == suffix),
+        }
+    }
 }
 
 /// A set of tables, compiled.

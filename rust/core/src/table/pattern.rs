@@ -17,16 +17,16 @@ enum Digits {
     },
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Segment {
-    Text(String),
-    Digits(Digits),
-}
+/// Stands for a run of digits in texts.
+const RUN: char = '#';
 
 /// A path with block variables.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
-    segments: Vec<Segment>,
+    /// The path with a `#` for every run of digits and every variable.
+    text: Box<str>,
+    /// What those are.
+    digits: Vec<Digits>,
 }
 
 /// The values of the block variables of a row.
@@ -54,7 +54,7 @@ impl Skeleton {
                     return None;
                 }
                 digits.push(run.parse().ok()?);
-                text.push('#');
+                text.push(RUN);
                 rest = tail;
             } else {
                 text.push(if c == '.' { '_' } else { c });
@@ -68,93 +68,87 @@ impl Skeleton {
 impl Template {
     /// Parses `a.{block}.b`; `blocks` gives the count of each block kind, `variables` numbers those met so far.
     pub fn parse(text: &str, blocks: &BTreeMap<String, u32>, variables: &mut Vec<String>) -> Result<Self, String> {
-        let mut segments = Vec::new();
-        let literal = |text: &str, segments: &mut Vec<Segment>| {
-            let mut rest = text;
-            while !rest.is_empty() {
-                let digit = rest.starts_with(|c: char| c.is_ascii_digit());
-                let end = rest.find(|c: char| c.is_ascii_digit() != digit).unwrap_or(rest.len());
-                let (run, tail) = rest.split_at(end);
-                segments.push(match run.parse() {
-                    Ok(n) if digit => Segment::Digits(Digits::Exactly(n)),
-                    _ => Segment::Text(run.to_owned()),
-                });
-                rest = tail;
-            }
-        };
+        let mut made = Self { text: Box::default(), digits: Vec::new() };
+        let mut path = String::with_capacity(text.len());
         let mut rest = text;
-        while let Some(open) = rest.find('{') {
-            literal(&rest[..open], &mut segments);
-            let close = rest[open..].find('}').ok_or_else(|| format!("`{text}` lacks a closing brace"))? + open;
-            let name = &rest[open + 1..close];
+        while let Some(at) = rest.find(|c: char| c.is_ascii_digit() || c == '{' || c == RUN) {
+            path.push_str(&rest[..at]);
+            path.push(RUN);
+            let tail = &rest[at..];
+            if tail.starts_with(RUN) {
+                return Err(format!("`{text}` has a `{RUN}`, which stands for numbers"));
+            }
+            let Some(tail) = tail.strip_prefix('{') else {
+                let end = tail.find(|c: char| !c.is_ascii_digit()).unwrap_or(tail.len());
+                let number = tail[..end].parse().map_err(|_| format!("`{text}` has a number that is too large"))?;
+                made.digits.push(Digits::Exactly(number));
+                rest = &tail[end..];
+                continue;
+            };
+            let (name, tail) = tail.split_once('}').ok_or_else(|| format!("`{text}` lacks a closing brace"))?;
             let below = *blocks.get(name).ok_or_else(|| format!("`{text}` uses the unknown block `{name}`"))?;
             let index = variables.iter().position(|v| v == name).unwrap_or_else(|| {
                 variables.push(name.to_owned());
                 variables.len() - 1
             });
-            segments.push(Segment::Digits(Digits::Variable { index, below }));
-            rest = &rest[close + 1..];
+            made.digits.push(Digits::Variable { index, below });
+            rest = tail;
         }
-        literal(rest, &mut segments);
-        Ok(Self { segments })
+        path.push_str(rest);
+        made.text = path.into();
+        Ok(made)
     }
 
     /// The same template followed by `suffix`, which is taken literally.
     #[must_use]
     pub fn with_suffix(&self, suffix: &str) -> Self {
         // A parameter of the model itself stands behind no dot.
-        let suffix = if self.segments.is_empty() { suffix.trim_start_matches('.') } else { suffix };
-        let tail = Self::parse(suffix, &BTreeMap::new(), &mut Vec::new()).unwrap_or(Self { segments: vec![] });
-        let segments = self.segments.iter().cloned().chain(tail.segments).collect();
-        Self { segments }
+        let suffix = if self.text.is_empty() { suffix.trim_start_matches('.') } else { suffix };
+        let none = || Self { text: Box::default(), digits: Vec::new() };
+        let tail = Self::parse(suffix, &BTreeMap::new(), &mut Vec::new()).unwrap_or_else(|_| none());
+        let digits = self.digits.iter().chain(&tail.digits).copied().collect();
+        Self { text: [&*self.text, &*tail.text].concat().into(), digits }
     }
 
     /// The skeleton text that every instance has.
     pub fn skeleton(&self) -> String {
-        let parts = self.segments.iter().map(|s| match s {
-            Segment::Text(text) => text.replace('.', "_"),
-            Segment::Digits(_) => "#".to_owned(),
-        });
-        parts.collect()
+        self.text.replace('.', "_")
+    }
+
+    /// The texts between digit runs, each with the run behind it; the last has none.
+    fn pieces(&self) -> impl Iterator<Item = (&str, Option<Digits>)> {
+        let runs = self.digits.iter().copied().map(Some).chain([None]);
+        self.text.split(RUN).zip(runs)
     }
 
     /// The variables, if these digits are an instance.
     pub fn matches(&self, digits: &[u32], variables: usize) -> Option<Variables> {
+        if digits.len() != self.digits.len() {
+            return None;
+        }
         let mut values = vec![u32::MAX; variables];
-        let mut given = digits.iter();
-        for segment in &self.segments {
-            if let Segment::Digits(want) = segment {
-                let &have = given.next()?;
-                match *want {
-                    Digits::Exactly(n) if n == have => {}
-                    Digits::Variable { index, below } if have < below && matches!(values[index], u32::MAX) => {
-                        values[index] = have
-                    }
-                    Digits::Variable { index, .. } if values[index] == have => {}
-                    _ => return None,
+        for (want, &have) in self.digits.iter().zip(digits) {
+            match *want {
+                Digits::Exactly(n) if n == have => {}
+                Digits::Variable { index, below } if have < below && matches!(values[index], u32::MAX) => {
+                    values[index] = have
                 }
+                Digits::Variable { index, .. } if values[index] == have => {}
+                _ => return None,
             }
         }
-        given.next().is_none().then_some(values)
+        Some(values)
     }
 
     /// Whether a path is the one for given variables.
     pub fn is(&self, path: &str, variables: &[u32]) -> bool {
         let mut rest = path;
-        for segment in &self.segments {
-            let number = match segment {
-                Segment::Text(text) => match rest.strip_prefix(text.as_str()) {
-                    Some(tail) => {
-                        rest = tail;
-                        continue;
-                    }
-                    None => return false,
-                },
-                Segment::Digits(Digits::Exactly(n)) => *n,
-                Segment::Digits(Digits::Variable { index, .. }) => variables[*index],
-            };
+        for (text, run) in self.pieces() {
+            let Some(tail) = rest.strip_prefix(text) else { return false };
+            rest = tail;
+            let Some(run) = run else { break };
             let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
-            if rest[..end].parse() != Ok(number) {
+            if rest[..end].parse() != Ok(run.value(variables)) {
                 return false;
             }
             rest = &rest[end..];
@@ -165,14 +159,11 @@ impl Template {
     /// The path for given variables.
     pub fn render(&self, variables: &[u32]) -> String {
         use std::fmt::Write;
-        let mut out = String::new();
-        for segment in &self.segments {
-            match segment {
-                Segment::Text(text) => out.push_str(text),
-                Segment::Digits(Digits::Exactly(n)) => write!(out, "{n}").expect("strings take everything"),
-                Segment::Digits(Digits::Variable { index, .. }) => {
-                    write!(out, "{}", variables[*index]).expect("strings take everything");
-                }
+        let mut out = String::with_capacity(self.text.len() + self.digits.len());
+        for (text, run) in self.pieces() {
+            out.push_str(text);
+            if let Some(run) = run {
+                write!(out, "{}", run.value(variables)).expect("strings take everything");
             }
         }
         out
@@ -180,29 +171,38 @@ impl Template {
 
     /// The block of an instance: the path up to its first block number, and that number; `None` outside blocks.
     pub fn block(&self, variables: &[u32]) -> Option<(String, u32)> {
-        let at = self.segments.iter().position(|s| matches!(s, Segment::Digits(Digits::Variable { .. })))?;
-        let Segment::Digits(Digits::Variable { index, .. }) = self.segments[at] else { return None };
-        let head = Self { segments: self.segments[..at].to_vec() };
-        Some((head.render(variables), *variables.get(index)?))
+        let at = self.digits.iter().position(|d| matches!(d, Digits::Variable { .. }))?;
+        let (end, _) = self.text.match_indices(RUN).nth(at)?;
+        let head = Self { text: self.text[..end].into(), digits: self.digits[..at].to_vec() };
+        Some((head.render(variables), self.digits[at].value(variables)))
     }
 
     /// The template as tables write it; `names` are those of the variables.
     pub fn text(&self, names: &[String]) -> String {
-        let parts = self.segments.iter().map(|s| match s {
-            Segment::Text(text) => text.clone(),
-            Segment::Digits(Digits::Exactly(n)) => n.to_string(),
-            Segment::Digits(Digits::Variable { index, .. }) => format!("{{{}}}", names[*index]),
+        let parts = self.pieces().map(|(text, run)| match run {
+            None => text.to_owned(),
+            Some(Digits::Exactly(n)) => format!("{text}{n}"),
+            Some(Digits::Variable { index, .. }) => format!("{text}{{{}}}", names[index]),
         });
         parts.collect()
     }
 
     /// The bounds of the variables it uses, by variable number.
     pub fn bounds(&self) -> BTreeMap<usize, u32> {
-        let bounds = self.segments.iter().filter_map(|s| match s {
-            Segment::Digits(Digits::Variable { index, below }) => Some((*index, *below)),
-            _ => None,
+        let bounds = self.digits.iter().filter_map(|d| match d {
+            Digits::Variable { index, below } => Some((*index, *below)),
+            Digits::Exactly(_) => None,
         });
         bounds.collect()
+    }
+}
+
+impl Digits {
+    fn value(self, variables: &[u32]) -> u32 {
+        match self {
+            Digits::Exactly(n) => n,
+            Digits::Variable { index, .. } => variables[index],
+        }
     }
 }
 
