@@ -61,6 +61,8 @@ APART = {
     "flux2_klein_9b_diffusers_peft": "for a size that the models here do not have",
     "ltx2_distilled": "it has layers of the connectors, for which these pipelines have no place",
     "anima_lora_peft": "its shapes are not those of the published model",
+    "sd15_kohya_inpainting": "for the inpainting model, whose first convolution has nine channels",
+    "wan_diffusers_i2v": "it has the layers that only the image-to-video model has",
 }
 FIXTURES = {
     item["name"]: item for item in loads.fixtures() if item["name"] not in APART and dialect_of(item["tensors"])

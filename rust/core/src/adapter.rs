@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::detect::{Detection, other_families};
-use crate::error::Result;
+use crate::error::{Code, Error, Result};
 use crate::io::Source;
 use crate::kind::{Kind, Module};
 use crate::native::{NativeInfo, needs_base};
 use crate::ops::expand::Expansion;
 use crate::report::Warning;
 use crate::table::pattern::Variables;
-use crate::table::{Component, Family, Registry, Row};
+use crate::table::{Component, Dialect, Family, Registry, Row};
 
 /// The canonical name of a module.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -85,6 +85,21 @@ impl Adapter {
         let accompanies = |kind: Kind| matches!(kind, Kind::Bias | Kind::Norm | Kind::Set);
         let mut others = self.modules.values().filter(other).filter(|p| !accompanies(p.module.kind)).peekable();
         others.peek().is_some() && others.all(|p| p.module.has_plain_form())
+    }
+
+    /// The dialect that it is in. An error if its keys are of several, or of one that is only read.
+    pub fn own_dialect(&self) -> Result<&Dialect> {
+        let refuse = |message: String| {
+            let hint = "add `--to DIALECT`; `lorafmt formats` lists what can be written";
+            Err(Error::new(Code::UnsupportedTarget, message).at(self.source.path()).hint(hint))
+        };
+        match self.detection.dialect.map(|d| &self.registry.dialects[d]) {
+            None => refuse("its keys are of several dialects, so it cannot be written as what it is".to_owned()),
+            Some(dialect) if !dialect.writes(self.family) => {
+                refuse(format!("it is of `{}`, which can be read and not written", dialect.name))
+            }
+            Some(dialect) => Ok(dialect),
+        }
     }
 
     /// The known key of its family that is most like an unknown one.

@@ -8,6 +8,7 @@
 
 pub mod adapter;
 pub mod alpha;
+pub mod batch;
 pub mod cast;
 pub mod check;
 pub mod compose;

@@ -119,7 +119,7 @@ fn every_written_key_is_read_back() {
     let registry = Registry::builtin();
     let mut keys = 0;
     for dialect in &registry.dialects {
-        for place in &dialect.places {
+        for place in dialect.places.all() {
             let component = &registry.families[place.family].components[place.component];
             for (index, row) in component.rows.iter().enumerate() {
                 // The first and the last block of each kind: what lies between them differs in a number.

@@ -2,6 +2,7 @@
 //! so Python and the command line cannot drift apart.
 
 mod base;
+mod batch;
 mod choices;
 mod compose;
 mod enter;
@@ -306,6 +307,9 @@ fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
 /// The native part of lorafmt. Private: the package's own modules are the interface.
 #[pymodule(gil_used = false)]
 mod _lorafmt {
+
+    #[pymodule_export]
+    use super::batch::{batch, batch_plan};
 
     #[pymodule_export]
     use super::weights::{extract, fuse, unfuse};

@@ -1,5 +1,6 @@
 //! The command line, described. One file for each command; nothing here does any work.
 
+mod batch;
 mod check;
 mod completions;
 mod compose;
@@ -29,6 +30,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ColorChoice, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub(crate) use batch::{BatchArgs, DuplicatesArg, OpArg};
 pub(crate) use check::CheckArgs;
 pub(crate) use completions::CompletionsArgs;
 pub(crate) use compose::ComposeArgs;
@@ -103,6 +105,7 @@ pub(crate) enum Command {
     Detect(DetectArgs),
     Check(CheckArgs),
     Convert(ConvertArgs),
+    Batch(BatchArgs),
     Compose(ComposeArgs),
     Resize(ResizeArgs),
     Normalize(NormalizeArgs),

@@ -1,5 +1,6 @@
 //! The commands. Each reads its arguments, calls the engine, and hands answers to `output`.
 
+mod batch;
 mod check;
 mod compose;
 mod convert;
@@ -48,6 +49,7 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Detect(args) => detect::run(args, &mut context),
         Command::Check(args) => check::run(args, &mut context),
         Command::Convert(args) => convert::run(args, &mut context),
+        Command::Batch(args) => batch::run(args, &mut context),
         Command::Compose(args) => compose::run(args, &mut context),
         Command::Normalize(args) => normalize::run(args, &mut context),
         Command::Resize(args) => resize::run(args, &mut context),

@@ -53,20 +53,7 @@ pub(super) fn options(to: &str, family: Option<&String>, writing: &Writing) -> C
 
 /// The dialect to write: that of the source, unless another one is asked for.
 pub(super) fn own_dialect(to: Option<&str>, adapter: &Adapter) -> Result<String> {
-    if let Some(to) = to {
-        return Ok(to.to_owned());
-    }
-    let refuse = |message: String| {
-        let hint = "add `--to DIALECT`; `lorafmt formats` lists what can be written";
-        Err(Error::new(Code::UnsupportedTarget, message).at(adapter.source.path()).hint(hint))
-    };
-    match adapter.detection.dialect.map(|d| &adapter.registry.dialects[d]) {
-        None => refuse("its keys are of several dialects, so it cannot be written as what it is".to_owned()),
-        Some(dialect) if !dialect.writes(adapter.family) => {
-            refuse(format!("it is of `{}`, which can be read and not written", dialect.name))
-        }
-        Some(dialect) => Ok(dialect.name.clone()),
-    }
+    to.map_or_else(|| adapter.own_dialect().map(|d| d.name.clone()), |to| Ok(to.to_owned()))
 }
 
 /// One output to be.

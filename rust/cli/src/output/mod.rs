@@ -1,6 +1,7 @@
 //! The only place that prints. Answers go to standard output, as text or as one JSON document; everything else goes to
 //! standard error.
 
+mod batch;
 mod check;
 mod convert;
 mod detect;
@@ -29,6 +30,7 @@ use serde_json::{Value, json};
 use crate::ExitStatus;
 use crate::args::{ColorArg, Global};
 
+pub(crate) use batch::Watch;
 pub(crate) use convert::{Converted, Part, planned};
 pub(crate) use detect::Detected;
 pub(crate) use diff::differences;
@@ -202,6 +204,12 @@ fn color(wish: ColorArg) -> ColorChoice {
         // anstream knows CLICOLOR_FORCE, TERM and terminals.
         ColorArg::Auto => ColorChoice::Auto,
     }
+}
+
+/// Prints a JSON document in one line. A reader that went away is no failure, and nobody could be told of others.
+fn line(value: &Value) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{value}").and_then(|()| out.flush());
 }
 
 /// Writes to standard error; nobody could be told if that fails.

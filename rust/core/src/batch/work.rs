@@ -1,0 +1,491 @@
+//! The threads that work through a list.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::duplicates::{Claim, Contents, Original, same};
+use super::listing::{Entry, Listing};
+use super::manifest::{Journal, Line, Manifest, Outcome, Record, Wanted, hash_file, spelled};
+use super::step::{Made, Step};
+use super::{BatchOptions, Duplicates, Observer, Stop, Summary, is_address, store_for};
+use crate::convert::is_folder_name;
+use crate::error::{Code, Error, Result};
+use crate::io::{Control, Local, Store, WriteOptions};
+
+/// Smaller files are never worth several threads.
+const WIDE: u64 = 8 << 20;
+
+/// Threads that wait for a store, for each core.
+const WAITING: usize = 4;
+
+/// Works through a list. The error is one of the run itself; those of files are in the manifest and counted.
+pub fn run(
+    listing: &Listing,
+    step: &Step,
+    options: &BatchOptions,
+    store: Option<&dyn Store>,
+    observer: &dyn Observer,
+) -> Result<Summary> {
+    let started = Instant::now();
+    observer.listed(listing.files, listing.bytes);
+    let manifest = Manifest::read(&options.manifest)?;
+    let journal = Journal::open(&options.manifest)?;
+    let cores = rayon::current_num_threads();
+    let workers = options.workers.unwrap_or(if store.is_some() { cores * WAITING } else { cores }).max(1);
+    let runner = Runner {
+        step,
+        fingerprint: step.fingerprint(),
+        options,
+        store,
+        observer,
+        manifest,
+        journal: &journal,
+        shared_sizes: &listing.shared_sizes,
+        contents: Contents::default(),
+        wide: OnceLock::new(),
+        cores,
+        left: AtomicU64::new(listing.files),
+        workers: workers as u64,
+        summary: Mutex::new(Summary { schema: 1, files: listing.files, ..Summary::default() }),
+    };
+    let entries = Mutex::new(listing.entries()?);
+    let next = || entries.lock().unwrap_or_else(PoisonError::into_inner).next().transpose();
+    let worked: Result<()> = std::thread::scope(|scope| {
+        let spawn = |number| {
+            scope.spawn({
+                let (runner, next) = (&runner, &next);
+                move || runner.work(number, next)
+            })
+        };
+        let threads: Vec<_> = (0..workers).map(spawn).collect();
+        let join = |t: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+            t.join().unwrap_or_else(|p| std::panic::resume_unwind(p))
+        };
+        // All are waited for, then the first error counts.
+        threads.into_iter().map(join).collect::<Vec<_>>().into_iter().collect()
+    });
+    let mut summary = runner.summary.into_inner().unwrap_or_else(PoisonError::into_inner);
+    journal.close()?;
+    worked?;
+    let through = summary.done + summary.linked + summary.unchanged + summary.skipped + summary.failed;
+    summary.left = summary.files - through;
+    summary.manifest = options.manifest.to_string_lossy().into_owned();
+    summary.seconds = started.elapsed().as_secs_f64();
+    Ok(summary)
+}
+
+struct Runner<'a> {
+    step: &'a Step,
+    fingerprint: String,
+    options: &'a BatchOptions,
+    store: Option<&'a dyn Store>,
+    observer: &'a dyn Observer,
+    manifest: Manifest,
+    journal: &'a Journal,
+    shared_sizes: &'a rustc_hash::FxHashSet<u64>,
+    contents: Contents,
+    /// All cores, for the last files.
+    wide: OnceLock<Option<ThreadPool>>,
+    cores: usize,
+    /// Files that nobody has taken yet.
+    left: AtomicU64,
+    workers: u64,
+    summary: Mutex<Summary>,
+}
+
+/// How one file ended: with a record, or broken off.
+enum End {
+    Recorded(Box<Record>),
+    Broken,
+}
+
+impl Runner<'_> {
+    fn work(&self, worker: usize, next: &dyn Fn() -> Result<Option<Entry>>) -> Result<()> {
+        // Whatever this thread computes, it computes alone.
+        let _alone = ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+        while !self.is_over() {
+            let Some(entry) = next()? else { break };
+            self.left.fetch_sub(1, Ordering::Relaxed);
+            let control = self.observer.begin(worker, &entry.source);
+            let record = match self.guarded(&entry, &control) {
+                End::Recorded(record) => *record,
+                End::Broken => {
+                    self.stop(Stop::Interrupted);
+                    break;
+                }
+            };
+            if record.outcome != Outcome::Unchanged {
+                self.journal.add(&record)?;
+            }
+            self.count(&record);
+            self.observer.end(worker, &record);
+        }
+        Ok(())
+    }
+
+    fn is_over(&self) -> bool {
+        if self.observer.stopped() {
+            self.stop(Stop::Interrupted);
+        }
+        self.lock().stopped.is_some()
+    }
+
+    fn stop(&self, why: Stop) {
+        self.lock().stopped.get_or_insert(why);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Summary> {
+        self.summary.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn count(&self, record: &Record) {
+        let mut summary = self.lock();
+        let counter = match record.outcome {
+            Outcome::Done => &mut summary.done,
+            Outcome::Linked => &mut summary.linked,
+            Outcome::Skipped => &mut summary.skipped,
+            Outcome::Failed => &mut summary.failed,
+            Outcome::Unchanged => &mut summary.unchanged,
+        };
+        *counter += 1;
+        if matches!(record.outcome, Outcome::Done | Outcome::Linked) {
+            summary.bytes += record.bytes;
+            summary.warned += u64::from(!record.warnings.is_empty());
+        }
+        if self.options.max_failures.is_some_and(|most| summary.failed >= most.max(1)) {
+            summary.stopped.get_or_insert(Stop::TooManyFailures);
+        }
+    }
+
+    /// One file. A panic is a bug, and still no reason to lose the files behind it.
+    fn guarded(&self, entry: &Entry, control: &Control) -> End {
+        let started = Instant::now();
+        let mut record = self.blank(entry);
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.one(entry, control, &mut record)));
+        let error = match caught {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) if error.code() == Code::Interrupted => return End::Broken,
+            Ok(Err(error)) => {
+                let error = error.at(Path::new(&entry.source));
+                if error.code() == Code::DiskFull {
+                    self.stop(Stop::DiskFull);
+                }
+                let passed = error.code() == Code::NotAnAdapter && !entry.named;
+                record.outcome = if passed { Outcome::Skipped } else { Outcome::Failed };
+                Some(error.to_json())
+            }
+            Err(panic) => {
+                record.outcome = Outcome::Failed;
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
+                Some(serde_json::json!({"code": "panic", "message": text, "path": entry.source, "key": null,
+                    "hint": "this is a bug of lorafmt; please report it with the file"}))
+            }
+        };
+        record.error = error;
+        record.seconds = started.elapsed().as_secs_f64();
+        End::Recorded(Box::new(record))
+    }
+
+    fn blank(&self, entry: &Entry) -> Record {
+        let out = &self.options.out;
+        let output = match is_address(out) {
+            true => format!("{}/{}", out.trim_end_matches('/'), entry.output),
+            false => Path::new(out).join(&entry.output).to_string_lossy().into_owned(),
+        };
+        Record {
+            schema: 1,
+            outcome: Outcome::Done,
+            source: entry.source.clone(),
+            size: entry.size,
+            version: entry.version.clone(),
+            hash: None,
+            step: self.fingerprint.clone(),
+            dialect: None,
+            family: None,
+            kind: None,
+            ranks: Vec::new(),
+            output,
+            output_hash: None,
+            bytes: 0,
+            duplicate_of: None,
+            seconds: 0.0,
+            warnings: Vec::new(),
+            error: None,
+        }
+    }
+
+    fn one(&self, entry: &Entry, control: &Control, record: &mut Record) -> Result<()> {
+        if let Some(problem) = &entry.problem {
+            return Err(Error::new(Code::Io, format!("cannot be read: {problem}")));
+        }
+        let local = !is_address(&entry.source);
+        let mut hash = match local && (self.options.verify || self.options.hash) {
+            true => Some(hash_file(Path::new(&entry.source))?),
+            false => None,
+        };
+        if let Some(bytes) = self.unchanged(entry, record, hash)? {
+            record.outcome = Outcome::Unchanged;
+            record.bytes = bytes;
+            return Ok(());
+        }
+        let claim = match self.original(entry, record, &mut hash)? {
+            Ok(original) => {
+                record.hash = hash.map(spelled);
+                match self.share(&original, entry, record)? {
+                    true => return Ok(()),
+                    false => None,
+                }
+            }
+            Err(claim) => claim,
+        };
+        record.hash = hash.map(spelled);
+        let made = self.make(entry, record, control)?;
+        let by_name = made.by_name;
+        self.describe(record, made);
+        if let Some(claim) = claim {
+            let source = local.then(|| PathBuf::from(&entry.source));
+            let stem = by_name.then(|| entry.stem().to_owned());
+            claim.settle(Original { record: record.clone(), source, stem });
+        }
+        Ok(())
+    }
+
+    fn describe(&self, record: &mut Record, made: Made) {
+        let Made { report, ranks, .. } = made;
+        record.dialect = Some(report.source.dialect);
+        record.family = Some(report.source.family);
+        record.kind = Some(report.source.kind);
+        record.ranks = ranks.into_iter().collect();
+        record.bytes = report.target.bytes;
+        record.warnings = report.warnings.into_iter().map(Line::from).collect();
+        let output = Path::new(&record.output);
+        if self.options.hash && output.is_file() {
+            record.output_hash = hash_file(output).ok().map(spelled);
+        }
+    }
+
+    /// The bytes of the output, if an earlier run made it of the same source in the same way, and it is still there.
+    fn unchanged(&self, entry: &Entry, record: &Record, hash: Option<u128>) -> Result<Option<u64>> {
+        if self.options.force {
+            return Ok(None);
+        }
+        let wanted = Wanted {
+            source: &entry.source,
+            size: entry.size,
+            version: &entry.version,
+            step: &self.fingerprint,
+            output: &record.output,
+            hash: hash.filter(|_| self.options.verify),
+        };
+        match self.manifest.has(&wanted) {
+            None => Ok(None),
+            Some(Outcome::Skipped) => Ok(Some(0)),
+            Some(_) => self.recorded(&record.output),
+        }
+    }
+
+    /// The size of an output that is as an earlier run recorded it.
+    fn recorded(&self, output: &str) -> Result<Option<u64>> {
+        let Some(made) = self.manifest.output(output) else { return Ok(None) };
+        if is_address(output) {
+            // A store is asked only on request: that costs a call for each file.
+            let there = !self.options.verify
+                || store_for(self.store, output)?.stat(output)?.is_some_and(|o| o.size == made.bytes);
+            return Ok(there.then_some(made.bytes));
+        }
+        let path = file_of(Path::new(output));
+        let there = std::fs::metadata(&path).is_ok_and(|m| m.len() == made.bytes);
+        let same = match made.hash.filter(|_| there && self.options.verify) {
+            Some(hash) => hash_file(&path)? == hash,
+            None => there,
+        };
+        Ok(same.then_some(made.bytes))
+    }
+
+    /// The file with the same content that was converted before, or the claim to be that one; no claim where outputs
+    /// are not shared.
+    fn original(
+        &self,
+        entry: &Entry,
+        record: &Record,
+        hash: &mut Option<u128>,
+    ) -> Result<std::result::Result<Arc<Original>, Option<Claim<'_>>>> {
+        let shares = self.options.duplicates != Duplicates::Convert
+            && self.shared_sizes.contains(&entry.size)
+            && !is_address(&record.output)
+            && !is_folder_name(Path::new(&record.output));
+        if !shares {
+            return Ok(Err(None));
+        }
+        let key = match is_address(&entry.source) {
+            // The store's word for the content.
+            true if entry.version.is_empty() => return Ok(Err(None)),
+            true => xxh3_128(format!("{} {}", entry.size, entry.version).as_bytes()),
+            false => match *hash {
+                Some(known) => known,
+                None => *hash.insert(hash_file(Path::new(&entry.source))?),
+            },
+        };
+        Ok(self.contents.claim(key).map_err(Some))
+    }
+
+    /// Gives a file the output of another one; `false` where that would not be the same.
+    fn share(&self, original: &Original, entry: &Entry, record: &mut Record) -> Result<bool> {
+        if original.stem.as_ref().is_some_and(|stem| stem != entry.stem()) {
+            return Ok(false);
+        }
+        if let Some(source) = &original.source
+            && !same(source, Path::new(&entry.source))?
+        {
+            return Ok(false);
+        }
+        let (from, to) = (Path::new(&original.record.output), Path::new(&record.output));
+        make_folder(to)?;
+        self.link(from, to, self.overwrite(&record.output)?)?;
+        let first = &original.record;
+        record.outcome = Outcome::Linked;
+        record.duplicate_of = Some(first.source.clone());
+        record.bytes = first.bytes;
+        (record.dialect, record.family, record.kind) =
+            (first.dialect.clone(), first.family.clone(), first.kind.clone());
+        (record.ranks, record.warnings) = (first.ranks.clone(), first.warnings.clone());
+        record.output_hash.clone_from(&first.output_hash);
+        Ok(true)
+    }
+
+    fn link(&self, from: &Path, to: &Path, overwrite: bool) -> Result<()> {
+        if !overwrite && to.symlink_metadata().is_ok() {
+            return if same(from, to)? { Ok(()) } else { Err(exists(to)) };
+        }
+        let folder = to.parent().unwrap_or(Path::new("."));
+        let fail = |e| Error::io(to, "write the file", e);
+        let dir = tempfile::Builder::new().prefix(".lorafmt-").tempdir_in(folder).map_err(fail)?;
+        let temp = dir.path().join("output");
+        let linked = self.options.duplicates == Duplicates::Link && std::fs::hard_link(from, &temp).is_ok();
+        if !linked {
+            std::fs::copy(from, &temp).map_err(fail)?;
+        }
+        std::fs::rename(&temp, to).map_err(fail)
+    }
+
+    /// Whether an output may be replaced: on request, or if an earlier run made it and nobody has changed it.
+    fn overwrite(&self, output: &str) -> Result<bool> {
+        Ok(self.options.force || self.recorded(output)?.is_some())
+    }
+
+    fn make(&self, entry: &Entry, record: &Record, control: &Control) -> Result<Made> {
+        let source = self.fetched(entry)?;
+        let path = source.path(&entry.source);
+        let alone = entry.size < WIDE || self.left.load(Ordering::Relaxed) + 1 >= self.workers.min(self.cores as u64);
+        let write = || self.write(path, &record.output, control);
+        match self.wide.get_or_init(|| ThreadPoolBuilder::new().num_threads(self.cores).build().ok()) {
+            Some(pool) if !alone => pool.install(write),
+            _ => write(),
+        }
+    }
+
+    fn write(&self, source: &Path, output: &str, control: &Control) -> Result<Made> {
+        if is_address(output) {
+            return self.upload(source, output, control);
+        }
+        let path = Path::new(output);
+        make_folder(path)?;
+        let write = WriteOptions { overwrite: self.overwrite(output)? };
+        match self.step.run(source, path, write, control) {
+            Err(error) if error.code() == Code::OutputExists && !is_folder_name(path) => {
+                self.adopt(source, path, control)
+            }
+            result => result,
+        }
+    }
+
+    /// An output that no record claims. A killed run leaves such: if it is what would be written, it is taken as done.
+    fn adopt(&self, source: &Path, output: &Path, control: &Control) -> Result<Made> {
+        let folder = output.parent().unwrap_or(Path::new("."));
+        let fail = |e| Error::io(folder, "create a folder in the folder", e);
+        let dir = tempfile::Builder::new().prefix(".lorafmt-").tempdir_in(folder).map_err(fail)?;
+        let temp = dir.path().join(output.file_name().unwrap_or_default());
+        let made = self.step.run(source, &temp, WriteOptions::default(), control)?;
+        if same(&temp, output)? { Ok(made) } else { Err(exists(output)) }
+    }
+
+    fn upload(&self, source: &Path, output: &str, control: &Control) -> Result<Made> {
+        let store = store_for(self.store, output)?;
+        if !self.overwrite(output)? && store.stat(output)?.is_some() {
+            return Err(exists(Path::new(output)));
+        }
+        let dir = tempfile::tempdir().map_err(|e| Error::io(&std::env::temp_dir(), "create a folder", e))?;
+        let name = output.rsplit('/').next().unwrap_or(output);
+        if is_folder_name(Path::new(name)) {
+            return Err(Error::new(Code::UnsupportedTarget, "a folder cannot be written to a store")
+                .hint("let outputs end with `.safetensors`"));
+        }
+        let temp = dir.path().join(name);
+        let made = self.step.run(source, &temp, WriteOptions::default(), control)?;
+        store.put(&temp, output)?;
+        Ok(made)
+    }
+
+    /// The source on a local disk, with the configuration beside it that a PEFT file needs.
+    fn fetched(&self, entry: &Entry) -> Result<Fetched> {
+        if !is_address(&entry.source) {
+            return Ok(Fetched::Local);
+        }
+        let store = store_for(self.store, &entry.source)?;
+        let file = store.fetch(&entry.source)?;
+        let config =
+            entry.source.strip_suffix("adapter_model.safetensors").map(|dir| format!("{dir}adapter_config.json"));
+        let Some(config) = config.map(|c| Ok(store.stat(&c)?.map(|_| c))).transpose()?.flatten() else {
+            return Ok(Fetched::File(file));
+        };
+        let config = store.fetch(&config)?;
+        let fail = |e| Error::io(&std::env::temp_dir(), "create a folder", e);
+        let dir = tempfile::tempdir().map_err(fail)?;
+        let whole = file.as_ref().canonicalize().map_err(fail)?;
+        let inside = dir.path().join("adapter_model.safetensors");
+        if std::fs::hard_link(&whole, &inside).is_err() {
+            std::fs::copy(&whole, &inside).map_err(fail)?;
+        }
+        std::fs::copy(config.as_ref(), dir.path().join("adapter_config.json")).map_err(fail)?;
+        Ok(Fetched::Folder(dir))
+    }
+}
+
+/// Where a source is now; what is temporary goes when this does.
+enum Fetched {
+    Local,
+    File(Local),
+    Folder(tempfile::TempDir),
+}
+
+impl Fetched {
+    fn path<'p>(&'p self, source: &'p str) -> &'p Path {
+        match self {
+            Fetched::Local => Path::new(source),
+            Fetched::File(local) => local.as_ref(),
+            Fetched::Folder(dir) => dir.path(),
+        }
+    }
+}
+
+fn make_folder(output: &Path) -> Result<()> {
+    match output.parent().filter(|p| !p.as_os_str().is_empty()) {
+        Some(folder) => std::fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create the folder", e)),
+        None => Ok(()),
+    }
+}
+
+/// The file of an output, which can be a folder.
+fn file_of(output: &Path) -> PathBuf {
+    if output.is_dir() { output.join("adapter_model.safetensors") } else { output.to_path_buf() }
+}
+
+fn exists(output: &Path) -> Error {
+    Error::new(Code::OutputExists, "the output exists already, and the manifest does not know it").at(output)
+}
