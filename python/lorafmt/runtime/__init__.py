@@ -17,7 +17,20 @@ if not hasattr(torch.library, "register_fake"):
     raise _error
 
 from .library import status
-from .linear import FusedLinear, quantize_
+from .adapters import Adapters, Loaded
+from .linear import BranchLinear, FusedLinear
+from .methods import AdapterMethods, adaptable
+from .models import quantize_
 from .quantize import quantize_weight
 
-__all__ = ["FusedLinear", "quantize_", "quantize_weight", "status"]
+__all__ = [
+    "AdapterMethods",
+    "Adapters",
+    "BranchLinear",
+    "FusedLinear",
+    "Loaded",
+    "adaptable",
+    "quantize_",
+    "quantize_weight",
+    "status",
+]
