@@ -18,10 +18,12 @@ if not hasattr(torch.library, "register_fake"):
 
 from .library import status
 from .adapters import Adapters, Loaded
+from .checkpoint import load_quantized
 from .linear import BranchLinear, FusedLinear
 from .methods import AdapterMethods, adaptable
 from .models import quantize_
 from .quantize import quantize_weight
+from .writing import quantize_checkpoint
 
 __all__ = [
     "AdapterMethods",
@@ -30,7 +32,9 @@ __all__ = [
     "FusedLinear",
     "Loaded",
     "adaptable",
+    "load_quantized",
     "quantize_",
+    "quantize_checkpoint",
     "quantize_weight",
     "status",
 ]

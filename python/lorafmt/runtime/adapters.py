@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import _lorafmt
 from .._strength import strength as as_strength
 from ..api import Source, Strength
-from ..base import BaseLike, native_base
+from ..base import BaseLike
 from .ranked import BASE, Block, RankedLinear, refuse
 from .reading import Incoming, read
 
@@ -136,9 +136,9 @@ class Adapters:
         if name == BASE:
             raise refuse("invalid-argument", f"{name!r} is what the base's own ranks are called", "use another name")
         self._name_is_free(name, replace)
-        base = options.pop("base", None) or self._opened_base()
+        options["base"] = options.get("base") or self._base
         options["family"] = options.get("family") or self._family
-        incoming = read(src, self._dtype(), base=base, staging=self._staging, **options)
+        incoming = read(src, self._dtype(), staging=self._staging, **options)
         factors = self._strengths(incoming.native, strength)
         blocks = self._fitted(incoming, share)
         _check_shared([tuple(members) for parts in blocks.values() for _, members in parts], factors)
@@ -176,10 +176,6 @@ class Adapters:
             if name in layer.slots and name not in self.loaded:
                 hint = "use another name, or remove it from the layer"
                 raise refuse("adapter-exists", f"{path} has ranks of its own called {name!r}", hint)
-
-    def _opened_base(self) -> _lorafmt.Base | None:
-        self._base = native_base(self._base)
-        return self._base
 
     def _dtype(self) -> torch.dtype:
         found = Counter(layer.up.dtype for layer in self.layers.values())

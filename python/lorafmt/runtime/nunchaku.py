@@ -149,7 +149,7 @@ def dequantize(qweight: Tensor, wscales: Tensor, wcscales: Tensor | None = None,
     ``wscales`` 16-bit ``[K / 64, N]``: two's complement codes. float8 ``[K / 16, N]``: E2M1 codes, times ``wcscales``
     (packed ``[N]``) and ``wtscale``.
     """
-    codes, scales, factor = _parts(qweight, wscales, wcscales, wtscale)
+    codes, scales, factor = parts(qweight, wscales, wcscales, wtscale)
     rows, groups = scales.shape
     weight = codes.view(rows, groups, -1) * scales.unsqueeze(2)
     return weight.view(codes.shape) * factor.unsqueeze(1)
@@ -159,12 +159,12 @@ def expand(
     qweight: Tensor, wscales: Tensor, wcscales: Tensor | None = None, wtscale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The stored 4-bit weight as int8 ``[N, K]`` and a float32 scale for each row; see :func:`dequantize`."""
-    codes, scales, factor = _parts(qweight, wscales, wcscales, wtscale)
+    codes, scales, factor = parts(qweight, wscales, wcscales, wtscale)
     wq, scale = expand_groups(codes, scales)
     return wq, scale * factor
 
 
-def _parts(qweight: Tensor, wscales: Tensor, wcscales: Tensor | None, wtscale: float) -> tuple[Tensor, Tensor, Tensor]:
+def parts(qweight: Tensor, wscales: Tensor, wcscales: Tensor | None, wtscale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Codes as numbers ``[N, K]``, group scales ``[N, G]`` and a factor for each row, all float32."""
     raw = unpack_codes(qweight)
     rows, columns = raw.shape

@@ -16,7 +16,7 @@ from .._sources import fill_torch, native_source
 from ..adapter import Adapter
 from ..api import Source, _options
 from ..base import BaseLike, native_base
-from ..exceptions import FormatError, UnsupportedError
+from ..exceptions import FormatError, UnsupportedError, UsageError
 from .tensorfile import failed
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -60,7 +60,6 @@ def read(
     Errors: those of :func:`lorafmt.open` and :func:`lorafmt.expand`; ``unsupported-kind`` for what no branch can hold.
     """
     native = _opened(src, family, from_, base, extra or {})
-    native.ensure_sound()
     main = next((component for component, _ in native.modules()), "")
     incoming = Incoming(native, others=[".".join(pair) for pair in native.modules() if pair[0] != main])
     plan = _plan(native, dtype, lossy)
@@ -82,9 +81,8 @@ def read(
     return incoming
 
 
-def _opened(
-    src: Any, family: str | None, from_: str | None, base: Any, extra: Mapping[str, Any]
-) -> _lorafmt.Adapter:
+def _opened(src: Any, family: str | None, from_: str | None, base: Any, extra: Mapping[str, Any]) -> _lorafmt.Adapter:
+    """The adapter; ``base`` is opened only for native files that do not say themselves what is whose."""
     if isinstance(src, Adapter):
         return src._native
     source = native_source(src)
@@ -94,7 +92,16 @@ def _opened(
         noted = extra.get("metadata")
         entries = [("lora_adapter_metadata", json.dumps(noted, default=list))] if noted else []
         source = [*tensors, *alphas], [*metadata, *entries]  # type: ignore[list-item]
-    return _lorafmt.Adapter.open(source, json.dumps({"family": family, "from": from_}), native_base(base))
+    options = json.dumps({"family": family, "from": from_})
+    try:
+        native = _lorafmt.Adapter.open(source, options, None)
+        native.ensure_sound()
+    except UsageError as error:
+        if error.code != "base-needed" or base is None:
+            raise
+        native = _lorafmt.Adapter.open(source, options, native_base(base))
+        native.ensure_sound()
+    return native
 
 
 def _plan(native: _lorafmt.Adapter, dtype: torch.dtype, lossy: str) -> _lorafmt.Plan | None:
