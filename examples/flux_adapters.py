@@ -93,7 +93,7 @@ def adapter(path: Path, seed: int) -> Path:
     ):
         tensors[f"{name}.lora_down.weight"] = torch.randn(4, inputs) / inputs**0.5
         tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, 4)
-        tensors[f"{name}.alpha"] = torch.tensor(2.0)
+        tensors[f"{name}.alpha"] = torch.tensor(16.0)
     save_file(tensors, path)
     return path
 

@@ -6,6 +6,7 @@ device, of which each layer has its piece, so that changing an adapter's strengt
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections import Counter
@@ -62,6 +63,14 @@ class Loaded:
     #: The factor it was fused with; strengths and switches do not change it then.
     fused: float | None = None
     factors: dict[str, float] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
+        """Copies all but what was opened, which never changes."""
+        memo[id(self.native)] = self.native
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
 
 class Adapters:

@@ -263,7 +263,8 @@ class Maker:
     def rest(self, used: set[str]) -> dict[str, Promise]:
         """What is not quantized, as it is; norms of attentions under the names of the first generation."""
         out: dict[str, Promise] = {}
-        for key, value in self._weights.items():
+        for key in sorted(self._weights):
+            value = self._weights[key]
             if key.rpartition(".")[0] in used:
                 continue
             found = flux.BLOCK.fullmatch(key)
