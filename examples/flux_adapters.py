@@ -33,8 +33,10 @@ single = 1
 name = "transformer"
 namespaces = ["diffusers", "original"]
 rows = [
-  { diffusers = "transformer_blocks.{double}.attn.{to_q,to_k,to_v}", original = "double_blocks.{double}.img_attn.qkv", op = "fuse", in = 128, out = [128, 128, 128] },
-  { diffusers = "single_transformer_blocks.{single}.proj_out", original = "single_blocks.{single}.linear2", in = 640, out = 128 },
+  { diffusers = "transformer_blocks.{double}.attn.{to_q,to_k,to_v}", op = "fuse", in = 128, out = [128, 128, 128],
+    original = "double_blocks.{double}.img_attn.qkv" },
+  { diffusers = "single_transformer_blocks.{single}.proj_out", in = 640, out = 128,
+    original = "single_blocks.{single}.linear2" },
 ]
 """)
 

@@ -51,9 +51,7 @@ def load_lora(
         from ._sources import usage_error
 
         raise usage_error("a strength needs an adapter's name", "pass `adapter_name`")
-    adapter = convert(
-        src, to="diffusers", family=family, from_=from_, unknown=unknown, lossy=lossy, max_rank=max_rank
-    )
+    adapter = convert(src, to="diffusers", family=family, from_=from_, unknown=unknown, lossy=lossy, max_rank=max_rank)
     if hotswap:
         options["hotswap"] = True
     active = _active(pipe) if strength is not None else {}

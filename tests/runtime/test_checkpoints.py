@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor, nn
-
 import tiny
+import torch
 import w4a4
+from torch import Tensor, nn
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
@@ -90,7 +89,9 @@ def plain_weight(source: nn.Module, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_written_weights_are_within_half_a_step_of_int4(source: nn.Module, stored: dict[str, Tensor], name: str) -> None:
+def test_written_weights_are_within_half_a_step_of_int4(
+    source: nn.Module, stored: dict[str, Tensor], name: str
+) -> None:
     layer = w4a4.read(stored, name)
     rest = (plain_weight(source, name) - layer.up @ layer.down) * layer.smooth
     step = np.repeat(layer.scales, 64, axis=1)
@@ -127,9 +128,11 @@ def test_written_modulation_is_within_half_a_step(source: nn.Module, stored: dic
 
 def test_written_names_are_those_of_the_first_generation(stored: dict[str, Tensor], checkpoint: Path) -> None:
     assert {f"{name}.qweight" for name in (*LAYERS, *MODULATION)} < stored.keys()
-    assert {"transformer_blocks.0.norm_added_q.weight", "single_transformer_blocks.0.norm_k.weight", "x_embedder.bias"} < (
-        stored.keys()
-    )
+    assert {
+        "transformer_blocks.0.norm_added_q.weight",
+        "single_transformer_blocks.0.norm_k.weight",
+        "x_embedder.bias",
+    } < (stored.keys())
     with open(checkpoint, "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     assert json.loads(header["__metadata__"]["config"])["num_single_layers"] == 1
@@ -195,7 +198,7 @@ def fused(checkpoint: Path) -> nn.Module:
 def test_opened_layers_against_the_meaning_of_the_file_and_against_w4a4(
     fused: nn.Module, stored: dict[str, Tensor], name: str
 ) -> None:
-    """Figure: 1.5e-2 of exact 4-bit weights with 16-bit inputs. Nunchaku's own arithmetic is some times further away."""
+    """Figure: 1.5e-2 of exact 4-bit weights with 16-bit inputs. Nunchaku's own arithmetic is further away."""
     modules, _, gelu = LAYERS[name]
     fused_names = {"attn.to_q": "attn.to_qkv", "attn.add_q_proj": "attn.to_added_qkv"}
     layer = fused.get_submodule(f"{block_of(name)}.{fused_names.get(modules[0], modules[0])}")
@@ -244,7 +247,11 @@ def dense(stored: dict[str, Tensor], source: nn.Module) -> nn.Module:
                 else:
                     linear.bias.copy_(bias[rows])
                 at += linear.out_features
-        for name in ("transformer_blocks.0.norm1", "transformer_blocks.0.norm1_context", "single_transformer_blocks.0.norm"):
+        for name in (
+            "transformer_blocks.0.norm1",
+            "transformer_blocks.0.norm1_context",
+            "single_transformer_blocks.0.norm",
+        ):
             linear, parts = out.get_submodule(f"{name}.linear"), 3 if "single" in name else 6
             stored_weight, stored_bias = w4a4.modulation(stored, f"{name}.linear"), stored[f"{name}.linear.bias"]
             for part in range(parts):
@@ -271,7 +278,9 @@ def test_whole_models_against_what_the_file_means(
     assert tiny.distance(with_lora, tiny.run(want, dtype=torch.float64)) > 5 * base
 
 
-def test_names_of_the_second_generation_and_folders(checkpoint: Path, stored: dict[str, Tensor], tmp_path: Path) -> None:
+def test_names_of_the_second_generation_and_folders(
+    checkpoint: Path, stored: dict[str, Tensor], tmp_path: Path
+) -> None:
     import native
 
     want = tiny.run(opened(checkpoint))
@@ -330,7 +339,10 @@ def test_smoothing_that_was_folded_into_the_values_is_undone(
 ) -> None:
     """The same model: values divided by a factor, and an output layer that knows (smooth of ones, smooth_orig)."""
     folded, factor = dict(stored), torch.exp2(torch.arange(128) % 4 - 1.0)
-    for block, outputs in (("transformer_blocks.0", ("out_proj", "out_proj_context")), ("single_transformer_blocks.0", ("out_proj",))):
+    for block, outputs in (
+        ("transformer_blocks.0", ("out_proj", "out_proj_context")),
+        ("single_transformer_blocks.0", ("out_proj",)),
+    ):
         for name in [f"{block}.qkv_proj"] + ([f"{block}.qkv_proj_context"] if "single" not in block else []):
             rows = torch.ones(384)
             rows[256:] = 1 / factor
@@ -347,7 +359,11 @@ def test_smoothing_that_was_folded_into_the_values_is_undone(
             down = layout.unpack_low_rank(stored[f"{name}.lora_down"], "down") * factor
             folded[f"{name}.lora_down"] = layout.pack_low_rank(down.bfloat16(), "down")
     plain = {**stored}
-    for name in ("transformer_blocks.0.out_proj", "transformer_blocks.0.out_proj_context", "single_transformer_blocks.0.out_proj"):
+    for name in (
+        "transformer_blocks.0.out_proj",
+        "transformer_blocks.0.out_proj_context",
+        "single_transformer_blocks.0.out_proj",
+    ):
         plain[f"{name}.smooth"] = layout.pack_vector(factor.bfloat16().unsqueeze(1)).view(-1)
         plain[f"{name}.smooth_orig"] = plain[f"{name}.smooth"].clone()
     metadata = {"config": json.dumps(tiny.CONFIG)}
@@ -381,11 +397,16 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]]]
     ),
     "another family": (
         "wrong-checkpoint",
-        lambda s: {k.replace("mlp_fc1", "img_mlp.net.0.proj").replace("out_proj", "attn.to_out"): v for k, v in s.items()},
+        lambda s: {
+            k.replace("mlp_fc1", "img_mlp.net.0.proj").replace("out_proj", "attn.to_out"): v for k, v in s.items()
+        },
     ),
     "not quantized": ("wrong-checkpoint", lambda s: {k: v for k, v in s.items() if "blocks." not in k}),
     "a stranger": ("unknown-key", lambda s: {**s, "transformer_blocks.0.attn.to_q.weight_scale": torch.ones(1)}),
-    "other sizes": ("wrong-checkpoint", lambda s: damage(s, **{f"{QKV}.qweight": torch.zeros(256, 64, dtype=torch.int8)})),
+    "other sizes": (
+        "wrong-checkpoint",
+        lambda s: damage(s, **{f"{QKV}.qweight": torch.zeros(256, 64, dtype=torch.int8)}),
+    ),
     "half a branch": ("wrong-checkpoint", lambda s: damage(s, **{f"{QKV}.lora_up": None})),
     "two precisions": (
         "mixed-precision",

@@ -89,7 +89,7 @@ def lora(
     seed: int, rank: int = 4, only: str = "", shapes: dict[str, tuple[int, int]] | None = None, size: float = 0.3
 ) -> dict[str, Tensor]:
     """A diffusers file for every linear of the model whose path matches, as bfloat16."""
-    chosen = {path: shape for path, shape in (shapes or SHAPES()).items() if re.search(only, path)}
+    chosen = {path: shape for path, shape in (shapes or sizes()).items() if re.search(only, path)}
     tensors = {}
     for number, (path, (outputs, inputs_)) in enumerate(chosen.items()):
         at = 10_000 * seed + 2 * number
@@ -99,7 +99,7 @@ def lora(
 
 
 @functools.cache
-def SHAPES() -> dict[str, tuple[int, int]]:  # noqa: N802
+def sizes() -> dict[str, tuple[int, int]]:
     return linears(model())
 
 

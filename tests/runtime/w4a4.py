@@ -1,8 +1,8 @@
 """Nunchaku's quantized layers, computed in numpy from the definition of their layout and arithmetic.
 
 lorafmt is held to this module: it shares no code and no table with it. Tensors come as a file stores them. Places of
-codes, scales and tiles are index formulas, element by element. `exact` is what a layer means in real numbers; `layer` is
-what the kernels compute, step by step: 4-bit inputs in groups of 64 with scales rounded to 16 bits, integer sums by
+codes, scales and tiles are index formulas, element by element. `exact` is what a layer means in real numbers; `layer`
+is what the kernels compute, step by step: 4-bit inputs in groups of 64 with scales rounded to 16 bits, integer sums by
 group, sums of groups in 16 bits.
 """
 

@@ -16,9 +16,9 @@ if not hasattr(torch.library, "register_fake"):
     _error.code, _error.hint = "torch-too-old", "pip install -U torch"
     raise _error
 
-from .library import status
 from .adapters import Adapters, Loaded
 from .checkpoint import load_quantized
+from .library import status
 from .linear import BranchLinear, FusedLinear
 from .methods import AdapterMethods, adaptable
 from .models import quantize_

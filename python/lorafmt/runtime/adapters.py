@@ -48,6 +48,8 @@ class Loaded:
     """An adapter that is in the model."""
 
     native: _lorafmt.Adapter
+    #: Paths of all its modules, in its order.
+    modules: list[str]
     layers: dict[str, list[Piece]]
     biases: dict[str, Tensor]
     #: Modules of other components, and those that the branch cannot hold and that were to be left out.
@@ -97,6 +99,7 @@ class Adapters:
         self.factor = 1.0
         self._biases: dict[str, Tensor] = {}
         self._staging: dict[str, Tensor] = {}
+        self._own: tuple[tuple[int, tuple[str, ...]] | None, dict[str, int]] = None, {}
         self.flatten()
 
     # ---------------------------------------------------------------- memory
@@ -148,13 +151,14 @@ class Adapters:
         options["base"] = options.get("base") or self._base
         options["family"] = options.get("family") or self._family
         incoming = read(src, self._dtype(), staging=self._staging, **options)
-        factors = self._strengths(incoming.native, strength)
+        factors = self._strengths(incoming.native, incoming.modules, strength)
         blocks = self._fitted(incoming, share)
         _check_shared([tuple(members) for parts in blocks.values() for _, members in parts], factors)
         starts = self._room(name, blocks, replace)
+        new = {path: range(at, at + sum(block.rank for block, _ in blocks[path])) for path, at in starts.items()}
         for other in {*replace} & self.loaded.keys():
-            self._drop(other)
-        loaded = self._write(name, incoming, blocks, starts)
+            self._drop(other, new)
+        loaded = self._write(name, incoming, blocks, starts, bool(replace))
         loaded.strength, loaded.factors = strength, factors
         self.loaded[name] = loaded
         self.update()
@@ -196,7 +200,9 @@ class Adapters:
         unknown = [path for path in wanted if path not in self._places]
         if unknown:
             exist = [path for path in unknown if _has(self._model, path)]
-            why = "modules that have no room for adapters" if exist == unknown else "modules that the model does not have"
+            why = (
+                "modules that have no room for adapters" if exist == unknown else "modules that the model does not have"
+            )
             raise refuse(
                 "module-not-in-model",
                 f"the adapter is for {len(unknown)} {why}: {_first(unknown)}",
@@ -209,7 +215,9 @@ class Adapters:
             place = self._places[path]
             inputs, outputs = self.layers[place.layer].in_features, place.stop - place.start
             if tuple(down.shape) != (up.shape[1], inputs) or up.shape[0] != outputs:
-                message = f"{path}: factors {tuple(down.shape)} and {tuple(up.shape)} for {inputs} inputs, {outputs} outputs"
+                message = (
+                    f"{path}: factors {tuple(down.shape)} and {tuple(up.shape)} for {inputs} inputs, {outputs} outputs"
+                )
                 raise refuse("adapter-shape-mismatch", message, "is the adapter for this model?")
             _add(blocks.setdefault(place.layer, []), path, place.start, down, up, share)
         return blocks
@@ -253,13 +261,14 @@ class Adapters:
         incoming: Incoming,
         blocks: Mapping[str, list[tuple[Block, list[str]]]],
         starts: Mapping[str, int],
+        used: bool,
     ) -> Loaded:
         layers: dict[str, list[Piece]] = {}
         index: list[int] = []
         shared: list[tuple[str, ...]] = []
         member_of_rank: list[int] = []
         for layer, parts in blocks.items():
-            self.layers[layer].fill(name, starts[layer], [block for block, _ in parts])
+            self.layers[layer].fill(name, starts[layer], [block for block, _ in parts], used)
             at = starts[layer]
             for block, members in parts:
                 ranks = range(at, at + block.rank)
@@ -271,6 +280,7 @@ class Adapters:
         device = "cpu" if self._flat is None else self._flat.device
         return Loaded(
             incoming.native,
+            incoming.modules,
             layers,
             incoming.biases,
             tuple(incoming.others),
@@ -280,9 +290,10 @@ class Adapters:
             torch.tensor(member_of_rank, dtype=torch.long),
         )
 
-    def _drop(self, name: str) -> None:
+    def _drop(self, name: str, new: Mapping[str, range] | None = None) -> None:
+        """Takes an adapter out, but for ranks that are about to be written over."""
         for layer in self.loaded.pop(name).layers:
-            self.layers[layer].clear(name)
+            self.layers[layer].clear(name, (new or {}).get(layer, range(0)))
 
     # ---------------------------------------------------------------- strengths
 
@@ -293,7 +304,7 @@ class Adapters:
             raise refuse("invalid-argument", message, "give one weight, or one for each adapter")
         adapters = [self.get(name) for name in names]
         given = [1.0 if weight is None else weight for weight in weights]
-        factors = [self._strengths(a.native, weight) for a, weight in zip(adapters, given, strict=True)]
+        factors = [self._strengths(a.native, a.modules, weight) for a, weight in zip(adapters, given, strict=True)]
         for adapter, places in zip(adapters, factors, strict=True):
             _check_shared(adapter.members, places)
         for adapter in self.loaded.values():
@@ -302,13 +313,13 @@ class Adapters:
             adapter.active, adapter.strength, adapter.factors = True, weight, places
         self.update()
 
-    def _strengths(self, native: _lorafmt.Adapter, strength: Strength) -> dict[str, float]:
+    def _strengths(self, native: _lorafmt.Adapter, modules: Sequence[str], strength: Strength) -> dict[str, float]:
         """Strengths by module; empty for a plain number, which is the same everywhere."""
         document = as_strength(strength)
         if not isinstance(document, Mapping):
             return {}
         factors = native.strengths(json.dumps(document))
-        return {path: factor for (_, path), factor in zip(native.modules(), factors, strict=True)}
+        return dict(zip(modules, factors, strict=True))
 
     def strength_of(self, adapter: Loaded, path: str) -> float:
         """What an adapter is multiplied with in a module, now."""
@@ -321,33 +332,41 @@ class Adapters:
     @torch.no_grad()
     def update(self) -> None:
         """Writes strengths, the numbers of ranks that count, and biases."""
-        last = {name: 0 for name in self.layers}
-        for name, layer in self.layers.items():
-            for owner, slot in layer.slots.items():
-                if owner not in self.loaded:
-                    last[name] = max(last[name], slot.start + slot.rank)
+        whole = self._whole()
+        last = dict(self._own_ranks())
         for name, adapter in self.loaded.items():
-            if self._write_strengths(name, adapter):
+            if self._write_strengths(name, adapter, whole):
                 for path in adapter.layers:
                     slot = self.layers[path].slots[name]
                     last[path] = max(last[path], slot.start + slot.rank)
-        if self._flat is not None and self._whole():
+        if whole:
             self._actives.copy_(torch.tensor(list(last.values()), dtype=torch.int32))
         else:
-            for name, count in last.items():
-                self.layers[name].active.fill_(count)
+            for path, count in last.items():
+                self.layers[path].active.fill_(count)
         self._write_biases()
 
-    def _write_strengths(self, name: str, adapter: Loaded) -> bool:
+    def _own_ranks(self) -> dict[str, int]:
+        """For each layer the number of ranks up to the last that is no adapter's of the model."""
+        key = RankedLinear.edits, tuple(self.loaded)
+        if self._own[0] != key:
+            own = {
+                path: max((x.start + x.rank for name, x in layer.slots.items() if name not in self.loaded), default=0)
+                for path, layer in self.layers.items()
+            }
+            self._own = key, own
+        return self._own[1]
+
+    def _write_strengths(self, name: str, adapter: Loaded, whole: bool) -> bool:
         """Whether the adapter does anything now."""
         if adapter.factors:
             table = [self.strength_of(adapter, members[0]) for members in adapter.members]
             on = any(table)
-            values = torch.tensor(table, dtype=torch.float32)[adapter.member_of_rank] if table else torch.empty(0)
+            values = torch.tensor(table, dtype=torch.float32)[adapter.member_of_rank]
         else:
             one = self.strength_of(adapter, "")
             on, values = one != 0, torch.full((len(adapter.index),), one)
-        if self._flat is not None and self._whole():
+        if whole and self._flat is not None:
             self._flat.index_copy_(0, adapter.index, values.to(self._flat.device))
             return on
         at = 0
@@ -359,10 +378,17 @@ class Adapters:
         return on
 
     def _whole(self) -> bool:
-        """Whether the strengths of all layers are still in one memory: someone may have moved a layer by itself."""
-        assert self._flat is not None
-        home = self._flat.untyped_storage().data_ptr()
-        return all(layer.strength.untyped_storage().data_ptr() == home for layer in self.layers.values())
+        """Whether the numbers of all layers are still in one memory: someone may have moved a layer by itself."""
+        if self._flat is None:
+            return False
+        first, count = self._flat.data_ptr(), self._actives.data_ptr()
+        for number, (path, layer) in enumerate(self.layers.items()):
+            if (
+                layer.strength.data_ptr() != first + 4 * self._starts[path]
+                or layer.active.data_ptr() != count + 4 * number
+            ):
+                return False
+        return True
 
     def _write_biases(self) -> None:
         """Biases as they were read, plus what adapters add; without one they are those of the model to the last bit."""
@@ -413,9 +439,7 @@ def _check_shared(shared: Sequence[tuple[str, ...]], factors: Mapping[str, float
             raise refuse("strength-not-held", message, "load it with share=False, or give them one strength")
 
 
-def _add(
-    blocks: list[tuple[Block, list[str]]], path: str, row: int, down: Tensor, up: Tensor, share: bool
-) -> None:
+def _add(blocks: list[tuple[Block, list[str]]], path: str, row: int, down: Tensor, up: Tensor, share: bool) -> None:
     """Adds a module's factors to a layer's blocks; modules with equal ``down`` share its ranks."""
     for at, (block, members) in enumerate(blocks):
         if share and block.down.shape == down.shape and torch.equal(block.down, down):

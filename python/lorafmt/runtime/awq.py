@@ -1,4 +1,4 @@
-"""Modulation layers of Nunchaku's checkpoints: 4-bit weights with a scale and a zero for each group of 64, 16-bit inputs.
+"""Modulation layers of Nunchaku's checkpoints: 4-bit weights, a scale and a zero for each 64 of them, 16-bit inputs.
 
     w[o, k] = code[o, k] * wscales[k // 64, o] + wzeros[k // 64, o]
 

@@ -42,13 +42,13 @@ def load_quantized(
     family: str | None = None,
     kernels: Literal["auto", "require"] = "auto",
 ) -> nn.Module:
-    """Opens a quantized checkpoint: its 4-bit layers become int8 once, with their 16-bit branches and room for adapters.
+    """Opens a quantized checkpoint: its 4-bit layers become int8 once, with their branches and room for adapters.
 
     Args:
         model: a ``FluxTransformer2DModel`` (on the meta device it takes no memory), its configuration, or None for the
             configuration that the checkpoint has in its metadata. A model that is given is changed in place.
-        checkpoint: a single file of either generation of names, or a folder with ``transformer_blocks.safetensors`` and
-            ``unquantized_layers.safetensors``.
+        checkpoint: a single file of either generation of names, or a folder with ``transformer_blocks.safetensors``
+            and ``unquantized_layers.safetensors``.
         ranks: room for adapters behind the ranks of the base, in each of diffusers' layers.
         fuse: q, k and v stay one layer, whose prologue runs once; otherwise they are split.
         weights: ``16bit`` makes plain layers of the exact 4-bit weights instead, for comparison.
@@ -106,7 +106,10 @@ def _model(model: Any, opened: Opened) -> nn.Module:
         from diffusers import FluxTransformer2DModel
     except ImportError:
         raise failed(
-            UnsupportedError, "unsupported-model", "diffusers is not installed", "pip install diffusers, or pass a model"
+            UnsupportedError,
+            "unsupported-model",
+            "diffusers is not installed",
+            "pip install diffusers, or pass a model",
         ) from None
     with torch.device("meta"):
         made: nn.Module = FluxTransformer2DModel.from_config(dict(config))
@@ -189,7 +192,9 @@ class Opened:
         expected = self._expected(model)
         surplus = sorted(self.quantized.keys() - expected.keys())
         if surplus:
-            raise self.wrong(f"{len(surplus)} quantized layers that the model does not have: {surplus[0]}", key=surplus[0])
+            raise self.wrong(
+                f"{len(surplus)} quantized layers that the model does not have: {surplus[0]}", key=surplus[0]
+            )
         precisions: dict[bool, str] = {}
         for name, (rows, columns) in expected.items():
             if name not in self.quantized:
@@ -312,7 +317,7 @@ class Reader:
         self._room, self._fuse, self._weights = room, fuse, weights
 
     def layers(self, entry: models.Model) -> Iterator[tuple[str, RankedLinear]]:
-        """Path and layer of all that is quantized; layers that stand for several under the path of their first member."""
+        """Path and layer of all that is quantized; what stands for several is under the path of its first member."""
         for kind, number, block in blocks(self._model):
             prefix = f"{kind}.{number}"
             factor = self._folded(prefix)

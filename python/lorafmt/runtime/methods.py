@@ -224,7 +224,9 @@ class AdapterMethods:
     def _need_finite(self, name: str) -> None:
         for key, value in self.adapters.state_dict(name).items():
             if not bool(torch.isfinite(value).all()):
-                raise refuse("not-finite", f"{name!r} has values in `{key}` that are not finite", "is the file damaged?")
+                raise refuse(
+                    "not-finite", f"{name!r} has values in `{key}` that are not finite", "is the file damaged?"
+                )
 
     # ---------------------------------------------------------------- diffusers: asking
 
@@ -267,7 +269,10 @@ class AdapterMethods:
         return f"default_{number}"
 
     def _warned(self, loaded: Loaded) -> Loaded:
-        for what, names in (("for other models", loaded.others), ("of kinds that a branch cannot hold", loaded.left_out)):
+        for what, names in (
+            ("for other models", loaded.others),
+            ("of kinds that a branch cannot hold", loaded.left_out),
+        ):
             if names:
                 text = f"{len(names)} modules of the adapter are {what} and were left out: {', '.join(names[:4])}"
                 warnings.warn(text, stacklevel=3)

@@ -45,9 +45,7 @@ def need(condition: bool, message: str) -> None:
 
 
 def _blocks(rows: int, columns: int, what: str) -> None:
-    need(
-        rows % BLOCK == 0 and columns % INT4_GROUP == 0, f"{what}: {rows} x {columns} is not whole blocks of 128 x 64"
-    )
+    need(rows % BLOCK == 0 and columns % INT4_GROUP == 0, f"{what}: {rows} x {columns} is not whole blocks of 128 x 64")
 
 
 def unpack_codes(qweight: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """Factors of some rows of a layer: ``down`` ``[r, K]``, ``up`` ``[stop - start, r]`` for the rows from ``start``."""
+    """Factors of some rows of a layer: ``down`` ``[r, K]``, and the first row and ``up`` ``[rows, r]`` of each part."""
 
     down: Tensor
     ups: tuple[tuple[int, Tensor], ...]
@@ -92,6 +92,8 @@ class RankedLinear(nn.Module):
     strength: Tensor
     active: Tensor
     bias: Tensor | None
+    #: Counts what was done to slots of single layers, anywhere.
+    edits = 0
     #: Buffers that stay float32 when the layer is cast.
     EXACT: tuple[str, ...] = ("strength",)
 
@@ -169,25 +171,39 @@ class RankedLinear(nn.Module):
         self._count()
 
     @torch.no_grad()
-    def fill(self, name: str, start: int, blocks: list[Block]) -> None:
-        """Writes factors into ranks that are free, one block after the other. Strengths stay zero."""
+    def fill(self, name: str, start: int, blocks: Collection[Block], used: bool = False) -> None:
+        """Writes factors into ranks, one block after the other; strengths stay zero.
+
+        The ranks are zeros, or ``used``: then what is not written over is made zeros.
+        """
         at = start
         for block in blocks:
             ranks = slice(at, at + block.rank)
             self.down[ranks, : self.in_features].copy_(block.down)
-            for row, up in block.ups:
-                self.up[row : row + up.shape[0], ranks].copy_(up)
+            above = 0
+            for row, up in sorted(block.ups, key=lambda part: part[0]):
+                if used and row > above:
+                    self.up[above:row, ranks].zero_()
+                above = row + len(up)
+                self.up[row:above, ranks].copy_(up)
+            if used and above < self.out_features:
+                self.up[above:, ranks].zero_()
             at += block.rank
         self.slots[name] = Slot(start, at - start)
 
     @torch.no_grad()
-    def clear(self, name: str) -> None:
-        """Makes the ranks of an adapter zeros again and free, if it has some."""
+    def clear(self, name: str, but: range = range(0)) -> None:
+        """Makes the ranks of an adapter zeros again and free; those in ``but`` are left, to be written over."""
         slot = self.slots.pop(name, None)
-        if slot is not None:
-            self.strength[slot.ranks].zero_()
-            self.down[slot.ranks].zero_()
-            self.up[:, slot.ranks].zero_()
+        if slot is None:
+            return
+        self.strength[slot.ranks].zero_()
+        end = slot.start + slot.rank
+        kept = range(max(slot.start, but.start), min(end, but.stop))
+        for ranks in (slice(slot.start, kept.start), slice(kept.stop, end)) if kept else (slot.ranks,):
+            if ranks.stop > ranks.start:
+                self.down[ranks].zero_()
+                self.up[:, ranks].zero_()
 
     @torch.no_grad()
     def set_strength(self, name: str, strength: float) -> None:
@@ -208,6 +224,7 @@ class RankedLinear(nn.Module):
 
     @torch.no_grad()
     def _count(self) -> None:
+        RankedLinear.edits += 1
         self.active.fill_(max((slot.start + slot.rank for slot in self.slots.values()), default=0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RankedLinear:
@@ -227,6 +244,7 @@ class RankedLinear(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         slots = json.loads(bytes(state.tolist()).decode())
+        RankedLinear.edits += 1
         self.slots = {name: Slot(start, rank) for name, (start, rank) in slots.items()}
 
     def extra_repr(self) -> str:

@@ -31,6 +31,8 @@ class Incoming:
     """An adapter on its way into a model: factors and bias differences by the path of their module, on the CPU."""
 
     native: _lorafmt.Adapter
+    #: Paths of all its modules, in its order.
+    modules: list[str]
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     #: Modules of other components (text encoders), which are not for this model.
@@ -54,14 +56,16 @@ def read(
     """Reads an adapter and computes its factors in ``dtype``, alpha and all, each number rounded once.
 
     What is not plain LoRA is made so (:func:`lorafmt.expand`) with the options ``expand``: exactly, unless they have a
-    rank or an error. ``extra`` has ``alphas`` and ``metadata`` as diffusers hands them over. ``staging`` is memory of an
-    earlier call, which is written over, and has that of this call afterwards.
+    rank or an error. ``extra`` has ``alphas`` and ``metadata`` as diffusers hands them over. ``staging`` is memory of
+    an earlier call, which is written over, and has that of this call afterwards.
 
     Errors: those of :func:`lorafmt.open` and :func:`lorafmt.expand`; ``unsupported-kind`` for what no branch can hold.
     """
     native = _opened(src, family, from_, base, extra or {})
-    main = next((component for component, _ in native.modules()), "")
-    incoming = Incoming(native, others=[".".join(pair) for pair in native.modules() if pair[0] != main])
+    pairs = native.modules()
+    main = pairs[0][0] if pairs else ""
+    others = [".".join(pair) for pair in pairs if pair[0] != main]
+    incoming = Incoming(native, [path for _, path in pairs], others=others)
     plan = _plan(native, dtype, lossy)
     if plan is None or any(not key.endswith((_DOWN, _UP, _BIAS)) for key, _, _ in plan.tensors()):
         plan = _plan(_expanded(native, expand or {}, lossy), dtype, lossy)
@@ -71,7 +75,7 @@ def read(
     if staging is not None:
         staging.clear()
         staging.update(tensors)
-    missing = [path for component, path in native.modules() if component == main and path not in seen]
+    missing = [path for component, path in pairs if component == main and path not in seen]
     incoming.left_out.extend(sorted(set(missing) - set(incoming.left_out)))
     if missing and lossy != "allow":
         raise _unsupported(native, f"{main}.{missing[0]}")

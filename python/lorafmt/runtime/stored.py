@@ -16,10 +16,10 @@ from .tensorfile import TensorFile
 
 @dataclass(frozen=True)
 class Quantized:
-    """A layer: ``y = (x / smooth) @ W.T + x @ down.T @ up.T + bias`` with ``W[n, k] = codes[n, k] * scales[n, k // group]``.
+    """A layer: ``y = (x / smooth) @ W.T + x @ down.T @ up.T + bias``; ``W[n, k] = codes[n, k] scales[n, k // group]``.
 
-    ``codes`` float32 ``[N, K]``, ``scales`` float32 ``[N, K / group]``, ``smooth`` float32 ``[K]``, ``down`` ``[R, K]``,
-    ``up`` ``[N, R]``, ``bias`` float32 ``[N]``. The inputs are those of diffusers' layer: not shifted, not divided.
+    In float32 ``codes`` ``[N, K]``, ``scales`` ``[N, K / group]``, ``smooth`` ``[K]``, ``bias`` ``[N]``; in 16 bits
+    ``down`` ``[R, K]``, ``up`` ``[N, R]``. The inputs are those of diffusers' layer: not shifted, not divided.
     """
 
     codes: Tensor
@@ -72,9 +72,7 @@ class Quantized:
         inverse = (1 / self.smooth.double()).float()
         plain = bool((self.smooth == 1).all())
         ranks = up_to(len(self.down), RANKS) + room
-        layer = FusedLinear(
-            wq, wscale, self.bias, inv_smooth=None if plain else inverse, ranks=ranks, dtype=dtype
-        )
+        layer = FusedLinear(wq, wscale, self.bias, inv_smooth=None if plain else inverse, ranks=ranks, dtype=dtype)
         return self._with_branch(layer)  # type: ignore[return-value]
 
     def branch(self, room: int, dtype: torch.dtype) -> BranchLinear:

@@ -120,7 +120,10 @@ class _Sharded(Mapping[str, Tensor]):
 def _blocks(weights: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """Kind and path of every block, in order."""
     found = {(m[1], int(m[2])) for key in weights if (m := flux.BLOCK.fullmatch(key))}
-    return [(kind, f"{kind}.{number}") for kind, number in sorted(found, key=lambda b: (list(flux.BLOCKS).index(b[0]), b[1]))]
+    return [
+        (kind, f"{kind}.{number}")
+        for kind, number in sorted(found, key=lambda b: (list(flux.BLOCKS).index(b[0]), b[1]))
+    ]
 
 
 def _jobs(weights: Mapping[str, Tensor]) -> Iterator[Job]:
@@ -224,7 +227,9 @@ class Maker:
         if given.numel() != width:
             message = f"{given.numel()} maxima for `{job.modules[0]}`, which has {width} inputs"
             raise failed(UsageError, "invalid-argument", message, "one for each input")
-        inputs = nn.functional.pad(given.float().flatten()[job.columns], (0, weight.shape[1]), value=1.0)[: weight.shape[1]]
+        inputs = nn.functional.pad(given.float().flatten()[job.columns], (0, weight.shape[1]), value=1.0)[
+            : weight.shape[1]
+        ]
         largest = weight.abs().amax(dim=0)
         factor = inputs.clamp_min(1e-5) ** self._alpha / largest.clamp_min(1e-5) ** (1 - self._alpha)
         return factor.clamp(_LEAST, _MOST).to(self._dtype).float()
