@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import runpy
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -585,3 +586,21 @@ def test_numbers_of_strengths_agree_with_numpy(model: nn.Module) -> None:
         slot = layer.slots["a"]
         assert np.allclose(layer.strength[slot.ranks].numpy(), np.float32(0.3 * 0.7), rtol=1e-7)
         assert int(layer.active) == max(s.start + s.rank for s in layer.slots.values())
+
+
+def test_layers_are_quantized_one_after_the_other(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer is quantized, the 16-bit weights of all before it are gone."""
+    model = copy.deepcopy(plain)
+    alive = [weakref.ref(module) for module in model.modules() if type(module) is nn.Linear]
+    counts: list[int] = []
+    make = FusedLinear.from_weight.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type, *args: Any) -> FusedLinear:
+        counts.append(sum(ref() is not None for ref in alive))
+        return make(cls, *args)
+
+    monkeypatch.setattr(FusedLinear, "from_weight", classmethod(counted))
+    names = runtime.quantize_(model, rank=4, ranks=16)
+    assert len(names) == 17 and len(counts) == 11
+    assert counts == [len(alive) - 3 * n for n in range(4)][:3] + [len(alive) - 9 - n for n in range(8)]
+    assert not any(ref() for ref in alive)

@@ -148,14 +148,15 @@ def _joined_bias(members: list[nn.Linear]) -> Tensor | None:
     return torch.cat(rows)
 
 
-def _groups(model: nn.Module, entry: Model, wanted: set[str]) -> Iterator[tuple[str, Fused]]:
-    """Parents whose layers are to be fused: all of them are wanted, and read inputs of one width."""
-    for name, parent in list(model.named_modules()):
-        if not hasattr(parent, entry.fused_flag):
-            continue
-        for group in entry.fused if _whole(name, parent, entry, wanted) else ():
-            if hasattr(parent, group.members[0]):
-                yield name, group
+def _groups(model: nn.Module, entry: Model, wanted: set[str]) -> list[tuple[str, Fused]]:
+    """Parents whose layers are to be fused: all of them are wanted. By name, so that nothing is kept alive."""
+    return [
+        (name, group)
+        for name, parent in model.named_modules()
+        if hasattr(parent, entry.fused_flag) and _whole(name, parent, entry, wanted)
+        for group in entry.fused
+        if hasattr(parent, group.members[0])
+    ]
 
 
 def _whole(name: str, parent: nn.Module, entry: Model, wanted: set[str]) -> bool:
