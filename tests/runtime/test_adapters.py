@@ -165,6 +165,20 @@ def test_any_dialect_goes_in_and_equal_factors_share_their_ranks(
     assert not same(model, shared) and tiny.distance(tiny.run(model), want) < 0.02
 
 
+def test_an_exchange_leaves_nothing_of_what_was_there(model: nn.Module) -> None:
+    """Ranks that are written over are those of a fresh load, whichever parts of a layer either adapter has."""
+    middle = tiny.lora(5, rank=9, only="to_k|add_k|proj_mlp")
+    sources = [kohya(3), middle, tiny.lora(6, rank=3), biased(2), kohya(4), tiny.lora(7, rank=5, only="to_q|to_v")]
+    fresh = []
+    for source in sources:
+        model.update_lora_params(source)
+        fresh.append(state(model))
+        model.reset_lora()
+    for source, want in zip(sources, fresh, strict=True):
+        model.update_lora_params(source)
+        assert same(model, want)
+
+
 # -------------------------------------------------------------------------------- strengths
 
 

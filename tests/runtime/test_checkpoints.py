@@ -312,7 +312,7 @@ def as_nvfp4(stored: dict[str, Tensor]) -> dict[str, Tensor]:
             out[f"{name}.wcscales"] = layout.pack_vector(scale.bfloat16()).view(-1)
         else:
             out[f"{name}.wtscale"] = scale[:1, 0].bfloat16()
-        out[f"{name}.bias"] = torch.zeros(rows).bfloat16()
+        out[f"{name}.bias"] = (tiny.normal(number, rows) / 4).bfloat16()
     return out
 
 
