@@ -358,7 +358,7 @@ class Reader:
 
     def _made(self, layer: stored.Quantized, room: int) -> RankedLinear:
         make = layer.fused if self._weights == "int8" else layer.branch
-        return make(room, self._dtype).to(self._device)
+        return make(room, self._dtype)
 
     def _whole(self, prefix: str, block: nn.Module, layer: flux.Layer, factor: Tensor | None) -> stored.Quantized:
         sizes = [_linear(block, name) for name in layer.modules]
@@ -366,7 +366,9 @@ class Reader:
         read: list[stored.Quantized] = []
         for source, width in zip(layer.stored, _widths(layer, columns, rows), strict=True):
             name = f"{prefix}.{source.name}"
-            part = stored.read(self._opened.quantized[name], self._opened.keys, name, (rows, width), source.shifted)
+            part = stored.read(
+                self._opened.quantized[name], self._opened.keys, name, (rows, width), source.shifted, self._device
+            )
             if factor is not None and layer.output and not read:
                 part = part.divided(factor)
             read.append(part)
@@ -386,14 +388,14 @@ class Reader:
         smooth, original = (stored.vector(self._opened[name]) for name in names)
         if bool((smooth != 1).any()) or bool((original == 1).all()):
             return None
-        return original
+        return original.to(self._device)
 
     def _modulation(self, name: str, parts: int) -> BranchLinear:
-        get = self._opened
-        weight = awq.dequantize(get[f"{name}.qweight"], get[f"{name}.wscales"], get[f"{name}.wzeros"])
-        bias = awq.without_one(awq.deinterleave(get[f"{name}.bias"], parts), parts)
+        packed = [self._opened[f"{name}.{part}"].to(self._device) for part in ("qweight", "wscales", "wzeros", "bias")]
+        weight = awq.dequantize(*packed[:3])
+        bias = awq.without_one(awq.deinterleave(packed[3], parts), parts)
         weight = awq.deinterleave(weight, parts).to(self._dtype)
-        return BranchLinear(weight, bias.to(self._dtype), ranks=self._room).to(self._device)
+        return BranchLinear(weight, bias.to(self._dtype), ranks=self._room)
 
 
 def _install(

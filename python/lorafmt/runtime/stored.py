@@ -55,7 +55,7 @@ class Quantized:
 
     def times_rows(self, factor: Tensor, start: int, stop: int) -> Quantized:
         """Some outputs times a factor each."""
-        full = torch.ones(len(self.bias), dtype=torch.float64)
+        full = torch.ones(len(self.bias), dtype=torch.float64, device=self.bias.device)
         full[start:stop] = factor.double()
         up = (self.up.double() * full.unsqueeze(1)).to(self.up.dtype)
         scales = (self.scales.double() * full.unsqueeze(1)).float()
@@ -87,8 +87,10 @@ class Quantized:
         return layer
 
 
-def read(file: TensorFile, keys: dict[str, str], layer: str, size: tuple[int, int], shifted: bool) -> Quantized:
-    """The layer of a checkpoint, of ``size`` outputs and inputs without padding.
+def read(
+    file: TensorFile, keys: dict[str, str], layer: str, size: tuple[int, int], shifted: bool, device: torch.device
+) -> Quantized:
+    """The layer of a checkpoint, of ``size`` outputs and inputs without padding, unpacked on ``device``.
 
     ``keys`` maps names of the first generation to those of the file. With ``shifted`` its inputs are shifted if it is
     int4, and the bias is one for inputs that are not.
@@ -96,9 +98,9 @@ def read(file: TensorFile, keys: dict[str, str], layer: str, size: tuple[int, in
 
     def get(suffix: str) -> Tensor | None:
         key = keys.get(f"{layer}.{suffix}")
-        return None if key is None or not file[key].numel() else file[key]
+        return None if key is None or not file[key].numel() else file[key].to(device)
 
-    qweight, wscales = file[keys[f"{layer}.qweight"]], file[keys[f"{layer}.wscales"]]
+    qweight, wscales = (file[keys[f"{layer}.{part}"]].to(device) for part in ("qweight", "wscales"))
     wtscale = get("wtscale")
     codes, scales, factor = nunchaku.parts(
         qweight, wscales, get("wcscales"), 1.0 if wtscale is None else float(wtscale.float())
@@ -106,11 +108,11 @@ def read(file: TensorFile, keys: dict[str, str], layer: str, size: tuple[int, in
     rows, columns = size
     group = codes.shape[1] // scales.shape[1]
     nunchaku.need(columns % group == 0, f"{layer}: {columns} inputs in groups of {group}")
-    smooth = vector(get("smooth"), 1.0, codes.shape[1])
-    bias = vector(get("bias"), 0.0, codes.shape[0])
+    smooth = vector(get("smooth"), 1.0, codes[0])
+    bias = vector(get("bias"), 0.0, codes[:, 0])
     packed = get("lora_down"), get("lora_up")
     if packed[0] is None or packed[1] is None:
-        down, up = torch.zeros(0, codes.shape[1]), torch.zeros(len(codes), 0)
+        down, up = codes.new_zeros(0, codes.shape[1]), codes.new_zeros(len(codes), 0)
     else:
         down, up = nunchaku.unpack_low_rank(packed[0], "down"), nunchaku.unpack_low_rank(packed[1], "up")
     cut = Quantized(
@@ -126,8 +128,9 @@ def read(file: TensorFile, keys: dict[str, str], layer: str, size: tuple[int, in
     return cut
 
 
-def vector(packed: Tensor | None, default: float = 1.0, length: int = 0) -> Tensor:
-    """A packed vector as float32; ``length`` times ``default`` where there is none."""
+def vector(packed: Tensor | None, default: float = 1.0, like: Tensor | None = None) -> Tensor:
+    """A packed vector as float32; where there is none, ``default`` in the size of ``like``."""
     if packed is None:
-        return torch.full((length,), default)
+        assert like is not None
+        return torch.full_like(like, default)
     return nunchaku.unpack_vector(packed).float().squeeze(1)
