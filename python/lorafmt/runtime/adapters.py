@@ -244,14 +244,16 @@ class Adapters:
             else:
                 starts[path] = start
         if short:
-            free, rank, path, parts = min(short)
-            fits = free // parts
+            free, rank, path, several = min(short)
+            layer = self.layers[path]
+            # A layer that stands for several modules has the room of each.
+            more = -(-(rank - free) // max(1, len(layer.parts)))
+            narrower = f"make it narrower, lorafmt.open(...).resize({free // several}), " if free >= several else ""
             raise refuse(
                 "adapter-too-wide",
                 f"{name!r} needs {rank} ranks in {path} ({len(short)} layers are too narrow), and {free} of "
-                f"{self.layers[path].max_rank} are free together",
-                f"make it narrower, lorafmt.open(...).resize({max(fits, 1)}), delete another adapter, or prepare the "
-                f"model with more room: ranks={self.layers[path].max_rank + rank - free}",
+                f"{layer.max_rank} are free together",
+                f"{narrower}delete another adapter, or prepare the model with more room: ranks= larger by {more}",
             )
         return starts
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _lorafmt
-from .._sources import fill_torch, native_source
+from .._sources import _native_tensor, fill_torch, native_source
 from ..adapter import Adapter
 from ..api import Source, _options
 from ..base import BaseLike, native_base
@@ -92,10 +92,10 @@ def _opened(src: Any, family: str | None, from_: str | None, base: Any, extra: M
     source = native_source(src)
     if isinstance(source, tuple):
         tensors, metadata = source
-        alphas = native_source(extra.get("alphas") or {})[0]
+        alphas = [_native_tensor(key, value) for key, value in (extra.get("alphas") or {}).items()]
         noted = extra.get("metadata")
         entries = [("lora_adapter_metadata", json.dumps(noted, default=list))] if noted else []
-        source = [*tensors, *alphas], [*metadata, *entries]  # type: ignore[list-item]
+        source = [*tensors, *alphas], [*metadata, *entries]
     options = json.dumps({"family": family, "from": from_})
     try:
         native = _lorafmt.Adapter.open(source, options, None)
