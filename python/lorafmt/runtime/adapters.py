@@ -51,6 +51,8 @@ class Loaded:
     #: Paths of all its modules, in its order.
     modules: list[str]
     layers: dict[str, list[Piece]]
+    #: For each layer the rank behind its last.
+    ends: dict[str, int]
     biases: dict[str, Tensor]
     #: Modules of other components, and those that the branch cannot hold and that were to be left out.
     others: tuple[str, ...]
@@ -284,6 +286,7 @@ class Adapters:
             incoming.native,
             incoming.modules,
             layers,
+            {path: pieces[-1].ranks.stop for path, pieces in layers.items()},
             incoming.biases,
             tuple(incoming.others),
             tuple(incoming.left_out),
@@ -338,9 +341,9 @@ class Adapters:
         last = dict(self._own_ranks())
         for name, adapter in self.loaded.items():
             if self._write_strengths(name, adapter, whole):
-                for path in adapter.layers:
-                    slot = self.layers[path].slots[name]
-                    last[path] = max(last[path], slot.start + slot.rank)
+                for path, end in adapter.ends.items():
+                    if end > last[path]:
+                        last[path] = end
         if whole:
             self._actives.copy_(torch.tensor(list(last.values()), dtype=torch.int32))
         else:
@@ -383,13 +386,14 @@ class Adapters:
         """Whether the numbers of all layers are still in one memory: someone may have moved a layer by itself."""
         if self._flat is None:
             return False
-        first, count = self._flat.data_ptr(), self._actives.data_ptr()
-        for number, (path, layer) in enumerate(self.layers.items()):
-            if (
-                layer.strength.data_ptr() != first + 4 * self._starts[path]
-                or layer.active.data_ptr() != count + 4 * number
-            ):
+        strength, active = self._flat.data_ptr(), self._actives.data_ptr()
+        # This is most of the time that a change of strengths takes, hence no attributes of modules.
+        for layer in self.layers.values():
+            buffers = layer._buffers
+            if buffers["strength"].data_ptr() != strength or buffers["active"].data_ptr() != active:  # type: ignore[union-attr]
                 return False
+            strength += 4 * len(buffers["strength"])  # type: ignore[arg-type]
+            active += 4
         return True
 
     def _write_biases(self) -> None:
