@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import exceptions, runtime, torch
+    from . import diffusers, exceptions, runtime, torch
     from ._checkpoints import FuseReport, UnfuseReport, extract, fuse, unfuse
     from ._expand import expand
     from ._lorafmt import __version__
@@ -109,6 +109,7 @@ __all__ = [
     "convert_state_dict",
     "detect",
     "diff",
+    "diffusers",
     "exceptions",
     "expand",
     "extract",

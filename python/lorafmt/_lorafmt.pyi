@@ -51,6 +51,10 @@ class Adapter:
         Reads an adapter; `base` is taken off a native one. Problems are kept; they are raised by whatever needs a sound
         one.
         """
+    def strengths(self, /, strength: str) -> list[float]:
+        """
+        The strength that JSON says of each module, in the order of `modules`.
+        """
 
 @final
 class Base:

@@ -84,6 +84,9 @@ class Base:
 
         return _native_plan(loras, self._native, layout)
 
+    def __deepcopy__(self, _: object) -> Base:
+        return self  # nothing in it changes
+
     def __repr__(self) -> str:
         return f"<Base {self.family} {self.precision or 'quantized'} rank {self.rank} {self.fingerprint}>"
 

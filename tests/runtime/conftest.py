@@ -10,4 +10,4 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed")
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "cuda"), str(ROOT / "cuda" / "csrc")]
+sys.path[:0] = [str(ROOT / part) for part in ("cuda", "cuda/csrc", "tests/runtime", "tests/python")]

@@ -16,8 +16,25 @@ if not hasattr(torch.library, "register_fake"):
     _error.code, _error.hint = "torch-too-old", "pip install -U torch"
     raise _error
 
+from .adapters import Adapters, Loaded
+from .checkpoint import load_quantized
 from .library import status
-from .linear import FusedLinear, quantize_
+from .linear import BranchLinear, FusedLinear
+from .methods import AdapterMethods, adaptable
+from .models import quantize_
 from .quantize import quantize_weight
+from .writing import quantize_checkpoint
 
-__all__ = ["FusedLinear", "quantize_", "quantize_weight", "status"]
+__all__ = [
+    "AdapterMethods",
+    "Adapters",
+    "BranchLinear",
+    "FusedLinear",
+    "Loaded",
+    "adaptable",
+    "load_quantized",
+    "quantize_",
+    "quantize_checkpoint",
+    "quantize_weight",
+    "status",
+]

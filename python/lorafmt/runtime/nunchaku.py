@@ -36,7 +36,7 @@ def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order.index(axis) for axis in range(len(order)))
 
 
-def _need(condition: bool, message: str) -> None:
+def need(condition: bool, message: str) -> None:
     if not condition:
         error = FormatError(message)
         error.code = "bad-native-layout"
@@ -45,9 +45,7 @@ def _need(condition: bool, message: str) -> None:
 
 
 def _blocks(rows: int, columns: int, what: str) -> None:
-    _need(
-        rows % BLOCK == 0 and columns % INT4_GROUP == 0, f"{what}: {rows} x {columns} is not whole blocks of 128 x 64"
-    )
+    need(rows % BLOCK == 0 and columns % INT4_GROUP == 0, f"{what}: {rows} x {columns} is not whole blocks of 128 x 64")
 
 
 def unpack_codes(qweight: Tensor) -> Tensor:
@@ -83,7 +81,7 @@ _VECTOR_ORDER = (0, 2, 4, 3, 5, 1)
 def unpack_vector(packed: Tensor, groups: int = 1) -> Tensor:
     """A packed 16-bit vector ``[N]`` (biases, smoothing, channel scales) or ``wscales`` ``[G, N]`` as ``[N, G]``."""
     rows = packed.numel() // groups
-    _need(
+    need(
         rows % BLOCK == 0 and rows * groups == packed.numel(), f"a vector of {packed.numel()} values in {groups} groups"
     )
     split = packed.contiguous().view(rows // BLOCK, groups, *_VECTOR_SIZES)
@@ -93,7 +91,7 @@ def unpack_vector(packed: Tensor, groups: int = 1) -> Tensor:
 def pack_vector(plain: Tensor) -> Tensor:
     """The inverse of :func:`unpack_vector`: ``[N, G]`` to ``[G, N]``, whose memory order is by blocks of rows."""
     rows, groups = plain.shape
-    _need(rows % BLOCK == 0, f"a vector of {rows} rows")
+    need(rows % BLOCK == 0, f"a vector of {rows} rows")
     split = plain.contiguous().view(rows // BLOCK, *(_VECTOR_SIZES[axis] for axis in (0, 2, 1, 3)), groups)
     return split.permute(_inverse(_VECTOR_ORDER)).reshape(groups, rows)
 
@@ -128,7 +126,7 @@ _TILE_ORDER = {"up": (0, 4, 2, 1, 5, 3, 6), "down": (1, 4, 2, 0, 5, 3, 6)}
 def unpack_low_rank(packed: Tensor, side: str) -> Tensor:
     """A packed factor ``[channels, R]`` as ``[R, channels]`` (``side="down"``) or ``[channels, R]`` (``"up"``)."""
     channels, rank = packed.shape
-    _need(channels % 16 == 0 and rank % 16 == 0, f"a factor of {channels} x {rank} is not whole tiles of 16 x 16")
+    need(channels % 16 == 0 and rank % 16 == 0, f"a factor of {channels} x {rank} is not whole tiles of 16 x 16")
     split = packed.contiguous().view(channels // 16, rank // 16, *_TILE_SIZES)
     shape = (rank, channels) if side == "down" else (channels, rank)
     return split.permute(_TILE_ORDER[side]).reshape(shape)
@@ -137,7 +135,7 @@ def unpack_low_rank(packed: Tensor, side: str) -> Tensor:
 def pack_low_rank(plain: Tensor, side: str) -> Tensor:
     """The inverse of :func:`unpack_low_rank`."""
     rows, columns = plain.shape
-    _need(rows % 16 == 0 and columns % 16 == 0, f"a factor of {rows} x {columns} is not whole tiles of 16 x 16")
+    need(rows % 16 == 0 and columns % 16 == 0, f"a factor of {rows} x {columns} is not whole tiles of 16 x 16")
     split = plain.contiguous().view(rows // 16, 2, 8, columns // 16, 2, 4, 2)
     shape = (columns, rows) if side == "down" else (rows, columns)
     return split.permute(_inverse(_TILE_ORDER[side])).reshape(shape)
@@ -149,7 +147,7 @@ def dequantize(qweight: Tensor, wscales: Tensor, wcscales: Tensor | None = None,
     ``wscales`` 16-bit ``[K / 64, N]``: two's complement codes. float8 ``[K / 16, N]``: E2M1 codes, times ``wcscales``
     (packed ``[N]``) and ``wtscale``.
     """
-    codes, scales, factor = _parts(qweight, wscales, wcscales, wtscale)
+    codes, scales, factor = parts(qweight, wscales, wcscales, wtscale)
     rows, groups = scales.shape
     weight = codes.view(rows, groups, -1) * scales.unsqueeze(2)
     return weight.view(codes.shape) * factor.unsqueeze(1)
@@ -159,12 +157,12 @@ def expand(
     qweight: Tensor, wscales: Tensor, wcscales: Tensor | None = None, wtscale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The stored 4-bit weight as int8 ``[N, K]`` and a float32 scale for each row; see :func:`dequantize`."""
-    codes, scales, factor = _parts(qweight, wscales, wcscales, wtscale)
+    codes, scales, factor = parts(qweight, wscales, wcscales, wtscale)
     wq, scale = expand_groups(codes, scales)
     return wq, scale * factor
 
 
-def _parts(qweight: Tensor, wscales: Tensor, wcscales: Tensor | None, wtscale: float) -> tuple[Tensor, Tensor, Tensor]:
+def parts(qweight: Tensor, wscales: Tensor, wcscales: Tensor | None, wtscale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Codes as numbers ``[N, K]``, group scales ``[N, G]`` and a factor for each row, all float32."""
     raw = unpack_codes(qweight)
     rows, columns = raw.shape
@@ -175,7 +173,7 @@ def _parts(qweight: Tensor, wscales: Tensor, wcscales: Tensor | None, wtscale: f
     else:
         codes = signed(raw).float()
         scales, group = unpack_vector(wscales, wscales.shape[0]).float(), INT4_GROUP
-    _need(scales.shape == (rows, columns // group), f"scales {tuple(wscales.shape)} for a weight of {rows} x {columns}")
+    need(scales.shape == (rows, columns // group), f"scales {tuple(wscales.shape)} for a weight of {rows} x {columns}")
     factor = torch.full((rows,), float(wtscale), device=raw.device)
     if wcscales is not None:
         factor = factor * unpack_vector(wcscales).float().squeeze(1)

@@ -154,6 +154,17 @@ impl Adapter {
         })
     }
 
+    /// The strength that JSON says of each module, in the order of `modules`.
+    fn strengths(&self, py: Python<'_>, strength: &str) -> PyResult<Vec<f64>> {
+        enter(py, None, |_| {
+            let adapter = self.sound()?;
+            let strength = compose::strength(adapter, Some(strength))?;
+            strength.check()?;
+            let of = |k: &ModuleKey| strength.of(&adapter.component(k.component).name, k.component == 0, &k.path);
+            Ok(adapter.modules.keys().map(of).collect())
+        })
+    }
+
     /// Kind, rank, scale, shape and slots of a module, as JSON.
     fn module(&self, py: Python<'_>, name: &str) -> PyResult<String> {
         enter(py, None, |_| {
