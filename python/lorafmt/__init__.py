@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import diffusers, exceptions, runtime, torch
+    from ._batch import BatchReport, batch
     from ._checkpoints import FuseReport, UnfuseReport, extract, fuse, unfuse
     from ._expand import expand
     from ._lorafmt import __version__
@@ -47,6 +48,7 @@ _HOME = {
     "Adapter": "adapter",
     "AdapterInfo": "reports",
     "Base": "base",
+    "BatchReport": "_batch",
     "CheckReport": "reports",
     "Detection": "reports",
     "DiffReport": "reports",
@@ -63,6 +65,7 @@ _HOME = {
     "UsageError": "exceptions",
     "Warning": "reports",
     "Weights": "weights",
+    "batch": "_batch",
     "check": "api",
     "compose": "api",
     "convert": "api",
@@ -86,6 +89,7 @@ __all__ = [
     "Adapter",
     "AdapterInfo",
     "Base",
+    "BatchReport",
     "CheckReport",
     "Detection",
     "DiffReport",
@@ -103,6 +107,7 @@ __all__ = [
     "Warning",
     "Weights",
     "__version__",
+    "batch",
     "check",
     "compose",
     "convert",

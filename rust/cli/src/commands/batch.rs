@@ -7,13 +7,21 @@ use lorafmt_core::io::Store;
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
 
-use super::Context;
 use super::writing::{native_options, open_base, options};
+use super::{Context, ray};
 use crate::ExitStatus;
 use crate::args::{BatchArgs, DuplicatesArg, OpArg};
 use crate::output::Watch;
 
 pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus> {
+    match args.run.engine.as_str() {
+        "local" => {}
+        engine if engine == "ray" || engine.starts_with("ray:") => return ray::run(args, context),
+        other => {
+            return Err(Error::new(Code::InvalidArgument, format!("no engine is called `{other}`"))
+                .hint("one of: local, ray, ray:ADDRESS"));
+        }
+    }
     let registry = context.registry()?;
     let (step, ending) = step(args, context, &registry)?;
     let naming = Naming::new(args.name.as_deref(), &ending)?;
@@ -45,9 +53,8 @@ pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus>
     let watch = Watch::new(&context.out, listing.files);
     let summary = batch::run(&listing, &step, &options, store.as_deref(), &watch)?;
     drop(watch);
-    let status = status(&summary, context.global.strict);
     context.out.summary(&summary, listing.others);
-    Ok(status)
+    Ok(status(&summary, context.global.strict))
 }
 
 /// What is done with each file, and how outputs end.
@@ -71,7 +78,7 @@ fn step(args: &BatchArgs, context: &Context, registry: &Arc<Registry>) -> Result
 }
 
 /// User tables decide what is made, too.
-fn tables(context: &Context) -> Result<String> {
+pub(super) fn tables(context: &Context) -> Result<String> {
     let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(|e| Error::io(path, "read the table", e));
     context.global.table.iter().map(read).collect()
 }
@@ -100,7 +107,7 @@ fn dry_run(listing: &Listing, context: &mut Context) -> Result<ExitStatus> {
     Ok(ExitStatus::Success)
 }
 
-fn status(summary: &Summary, strict: bool) -> ExitStatus {
+pub(super) fn status(summary: &Summary, strict: bool) -> ExitStatus {
     let well = summary.done + summary.linked + summary.unchanged + summary.skipped;
     match summary {
         Summary { stopped: Some(Stop::Interrupted), .. } => ExitStatus::Interrupted,

@@ -12,6 +12,7 @@ mod formats;
 mod fuse;
 mod inspect;
 mod normalize;
+mod ray;
 mod resize;
 mod sample;
 mod scale;

@@ -77,7 +77,7 @@ pub trait Observer: Sync {
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, Default, serde::Serialize)]
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub struct Summary {
     /// Version of this document.
     pub schema: u32,
@@ -109,7 +109,7 @@ pub struct Summary {
 }
 
 /// Why a run ended early.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stop {
     /// The user asked for it.

@@ -106,7 +106,7 @@ impl Step {
             report.warnings.push(Warning::new("added-modules", None, detail));
         }
         let native = self.registry.dialects[self.registry.dialect(&options.to)?].native(adapter.family).is_some();
-        let by_name = native || adapter.detection.tie_break.is_some();
+        let by_name = native || matches!(adapter.detection.tie_break, Some("name" | "unsure"));
         Ok(Made { report, ranks: ranks(adapter), by_name })
     }
 
