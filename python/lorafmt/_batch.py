@@ -144,8 +144,8 @@ def batch(
 
     Args:
         srcs: files, folders, patterns (``loras/**/*.safetensors``), and addresses (``s3://bucket/prefix/``,
-            ``hf://user/repo``, whatever fsspec has).
-        out_dir: where outputs go, in the folders that their sources were found in; also an address.
+            ``hf://user/repo``).
+        out_dir: where outputs go, in the folders that their sources were found in; also ``s3://``.
         to: the dialect to write.
         op: ``convert``; ``resize`` to ``rank``, ``energy`` or ``max_error``; ``normalize`` to ``rank`` and the modules of
             ``like``; ``compose``, for which the sources are recipes.
@@ -205,22 +205,12 @@ def batch(
 
 def local(options: dict[str, Any], base: _lorafmt.Base | None, progress: FileProgress | None = None) -> BatchReport:
     """A run on this machine."""
-    return report(json.loads(_lorafmt.batch(json.dumps(options), base, store_for(options), progress)))
+    return report(json.loads(_lorafmt.batch(json.dumps(options), base, progress)))
 
 
 def report(raw: dict[str, Any]) -> BatchReport:
     known = {key: value for key, value in raw.items() if key in BatchReport.__dataclass_fields__ and key != "raw"}
     return BatchReport(**known, raw=raw)
-
-
-def store_for(options: Mapping[str, Any]) -> object | None:
-    """What reads and writes addresses, if any are named or may stand in a list."""
-    named = [*options["sources"], options["out_dir"]]
-    if not options.get("files_from") and not options.get("plans") and not any("://" in name for name in named):
-        return None
-    from .storage import Store
-
-    return Store()
 
 
 def _paths(given: Path_ | Iterable[Path_]) -> list[str]:

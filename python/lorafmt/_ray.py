@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _lorafmt
-from ._batch import BatchReport, FileProgress, local, records, report, store_for
+from ._batch import BatchReport, FileProgress, local, records, report
 from ._sources import usage_error
 from .base import BaseLike, native_base
 
@@ -55,7 +55,7 @@ def run(
     if options["manifest"] is None and "://" in options["out_dir"]:
         raise usage_error("outputs go to a store, and records need a local file", "pass `manifest=`")
     on_driver = native_base(_on_this_machine(base))
-    plan = _lorafmt.batch_plan(json.dumps(options), on_driver, store_for(options))
+    plan = _lorafmt.batch_plan(json.dumps(options), on_driver)
     del on_driver
     joined = not ray.is_initialized()
     if joined:

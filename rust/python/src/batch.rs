@@ -8,8 +8,9 @@ use lorafmt_core::batch::{
     self as engine, BatchOptions, Duplicates, Listing, Naming, Observer, Op, Record, Request, Sources,
 };
 use lorafmt_core::error::{Code, Error, Result};
-use lorafmt_core::io::{Control, Local, Object, Store};
+use lorafmt_core::io::{Control, Store};
 use lorafmt_core::ops::resize::{Criterion, RankRule};
+use lorafmt_remote::{Remote, is_remote};
 use pyo3::prelude::*;
 use serde_json::Value;
 
@@ -17,20 +18,18 @@ use crate::base::Base;
 use crate::enter::enter;
 use crate::{TABLES, options, registry, to_json};
 
-/// Works through a library and returns the summary. `store` reads and writes addresses: an object with `list`, `fetch`,
-/// `put` and `stat`, as `lorafmt.storage` has one.
+/// Works through a library and returns the summary.
 #[pyfunction]
-#[pyo3(signature = (options, base=None, store=None, progress=None))]
+#[pyo3(signature = (options, base=None, progress=None))]
 pub(crate) fn batch(
     py: Python<'_>,
     options: &str,
     base: Option<Py<Base>>,
-    store: Option<Py<PyAny>>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<String> {
-    let store = store.map(Outside);
     enter(py, progress.as_ref(), |control| {
         let asked = Asked::read(options, base.map(|b| Arc::clone(&b.get().inner)))?;
+        let store = asked.store()?;
         let store = store.as_ref().map(|s| s as &dyn Store);
         let (listing, step) = asked.listing(store)?;
         let watch = Watch { control, files: AtomicU64::new(0) };
@@ -43,16 +42,11 @@ pub(crate) fn batch(
 
 /// The plan of a library: the JSON of an entry for each file. Nothing is written.
 #[pyfunction]
-#[pyo3(signature = (options, base=None, store=None))]
-pub(crate) fn batch_plan(
-    py: Python<'_>,
-    options: &str,
-    base: Option<Py<Base>>,
-    store: Option<Py<PyAny>>,
-) -> PyResult<Vec<String>> {
-    let store = store.map(Outside);
+#[pyo3(signature = (options, base=None))]
+pub(crate) fn batch_plan(py: Python<'_>, options: &str, base: Option<Py<Base>>) -> PyResult<Vec<String>> {
     enter(py, None, |_| {
         let asked = Asked::read(options, base.map(|b| Arc::clone(&b.get().inner)))?;
+        let store = asked.store()?;
         let (listing, _) = asked.listing(store.as_ref().map(|s| s as &dyn Store))?;
         listing.entries()?.map(|entry| entry.map(|e| to_json(&e))).collect()
     })
@@ -91,6 +85,14 @@ impl Asked {
     fn list(&self, name: &str) -> Vec<String> {
         let all = self.value.get(name).and_then(Value::as_array).into_iter().flatten();
         all.filter_map(Value::as_str).map(str::to_owned).collect()
+    }
+
+    /// What reads and writes addresses, if there can be any: lists and plans show them only when they are read.
+    fn store(&self) -> Result<Option<Remote>> {
+        let lists = ["files_from", "plans"].iter().any(|name| !self.list(name).is_empty());
+        let named =
+            self.list("sources").iter().chain(self.text("out_dir").map(str::to_owned).iter()).any(|n| is_remote(n));
+        (lists || named).then(Remote::from_env).transpose()
     }
 
     fn listing(&self, store: Option<&dyn Store>) -> Result<(Listing, engine::Step)> {
@@ -162,56 +164,5 @@ impl Observer for Watch<'_> {
 
     fn stopped(&self) -> bool {
         self.control.check().is_err()
-    }
-}
-
-/// A store that Python has.
-struct Outside(Py<PyAny>);
-
-impl Outside {
-    /// Calls a method; what it raises is the error of that address.
-    fn call<T>(&self, address: &str, work: impl FnOnce(&Bound<'_, PyAny>) -> PyResult<T>) -> Result<T> {
-        Python::attach(|py| work(self.0.bind(py)).map_err(|e| raised(py, &e).at(Path::new(address))))
-    }
-}
-
-/// An exception as an error; one of this package keeps its code and its hint.
-fn raised(py: Python<'_>, error: &PyErr) -> Error {
-    let value = error.value(py);
-    let text = |name: &str| value.getattr(name).ok().and_then(|v| v.extract::<String>().ok());
-    let code = text("code").and_then(|name| Code::ALL.iter().copied().find(|c| c.as_str() == name));
-    let plain = value.str().map_or_else(|_| "an exception".to_owned(), |t| t.to_string());
-    let message = plain.split("\nhint:").next().unwrap_or(&plain).to_owned();
-    let made = Error::new(code.unwrap_or(Code::Io), message);
-    match text("hint") {
-        Some(hint) => made.hint(hint),
-        None => made,
-    }
-}
-
-impl Store for Outside {
-    fn list(&self, at: &str, each: &mut dyn FnMut(Object) -> Result<()>) -> Result<()> {
-        let found: Vec<(String, u64, String)> = self.call(at, |store| store.call_method1("list", (at,))?.extract())?;
-        found.into_iter().try_for_each(|(url, size, version)| each(Object { url, size, version }))
-    }
-
-    fn fetch(&self, url: &str) -> Result<Local> {
-        let (path, kept): (PathBuf, bool) = self.call(url, |store| store.call_method1("fetch", (url,))?.extract())?;
-        match kept {
-            true => Ok(Local::Kept(path)),
-            false => tempfile::TempPath::try_from_path(&path)
-                .map(Local::Temporary)
-                .map_err(|e| Error::io(&path, "keep the download", e)),
-        }
-    }
-
-    fn put(&self, file: &Path, url: &str) -> Result<()> {
-        self.call(url, |store| store.call_method1("put", (file, url)).map(drop))
-    }
-
-    fn stat(&self, url: &str) -> Result<Option<Object>> {
-        let found: Option<(String, u64, String)> =
-            self.call(url, |store| store.call_method1("stat", (url,))?.extract())?;
-        Ok(found.map(|(url, size, version)| Object { url, size, version }))
     }
 }

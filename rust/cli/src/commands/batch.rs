@@ -6,6 +6,7 @@ use lorafmt_core::convert::ConvertOptions;
 use lorafmt_core::io::Store;
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
+use lorafmt_remote::{Remote, is_remote};
 
 use super::writing::{native_options, open_base, options};
 use super::{Context, ray};
@@ -26,13 +27,14 @@ pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus>
     let (step, ending) = step(args, context, &registry)?;
     let naming = Naming::new(args.name.as_deref(), &ending)?;
     let store = store(args)?;
+    let store = store.as_ref().map(|s| s as &dyn Store);
     let sources = Sources {
         named: args.sources.clone(),
         lists: args.files_from.clone(),
         plans: args.plan.clone(),
         wanted: step.wanted(),
     };
-    let listing = Listing::of(&sources, &naming, &args.out_dir, store.as_deref())?;
+    let listing = Listing::of(&sources, &naming, &args.out_dir, store)?;
     if args.writing.dry_run {
         return dry_run(&listing, context);
     }
@@ -51,7 +53,7 @@ pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus>
         hash: args.run.hash,
     };
     let watch = Watch::new(&context.out, listing.files);
-    let summary = batch::run(&listing, &step, &options, store.as_deref(), &watch)?;
+    let summary = batch::run(&listing, &step, &options, store, &watch)?;
     drop(watch);
     context.out.summary(&summary, listing.others);
     Ok(status(&summary, context.global.strict))
@@ -95,9 +97,11 @@ fn manifest(args: &BatchArgs) -> Result<PathBuf> {
     }
 }
 
-/// What reads and writes addresses, if any are named.
-fn store(_args: &BatchArgs) -> Result<Option<Box<dyn Store>>> {
-    Ok(None)
+/// What reads and writes addresses, if there can be any: lists and plans show them only when they are read.
+fn store(args: &BatchArgs) -> Result<Option<Remote>> {
+    let lists = !args.files_from.is_empty() || !args.plan.is_empty();
+    let named = args.sources.iter().chain([&args.out_dir]).any(|name| is_remote(name));
+    (lists || named).then(Remote::from_env).transpose()
 }
 
 fn dry_run(listing: &Listing, context: &mut Context) -> Result<ExitStatus> {

@@ -328,6 +328,11 @@ impl Registry {
         })
     }
 
+    /// Whether a key ends as those of adapters do.
+    pub(crate) fn has_suffix(&self, key: &str) -> bool {
+        self.suffixes.iter().any(|suffix| !suffix.head.is_empty() && suffix.strip(key).is_some())
+    }
+
     /// Reads a key as one of a family's.
     pub(crate) fn read_in<'k>(&self, family: usize, key: &'k str) -> Option<Read<'k>> {
         self.suffixes.iter().find_map(|suffix| {
