@@ -193,16 +193,12 @@ def load(family: str, listing: Listing, size: str | None = None) -> Outcome:
 def fixtures() -> list[dict[str, Any]]:
     """The key listings beside the tests, of families that diffusers has."""
     listings = [json.loads(path.read_text()) for path in sorted(FIXTURES.glob("*.json"))]
-    return [listing for listing in listings if family_of(listing) in PIPELINES]
+    return [listing for listing in listings if listing["family"].replace("_", "-") in PIPELINES]
 
 
 def fixture(name: str) -> dict[str, Any]:
     """The key listing of that name."""
     return json.loads((FIXTURES / f"{name}.json").read_text())
-
-
-def family_of(listing: dict[str, Any]) -> str:
-    return listing["family"].replace("_", "-")
 
 
 # -------------------------------------------------------------------------------- made files

@@ -40,9 +40,7 @@ def matches(rule: dict[str, Any], dialect: str, family: str, kind: str, keys: It
     return ("keys" not in rule or has["keys"]) and not has["without"]
 
 
-def rule_for(
-    loader: str, dialect: str, family: str, kind: str, keys: Iterable[str] = ()
-) -> dict[str, Any] | None:
+def rule_for(loader: str, dialect: str, family: str, kind: str, keys: Iterable[str] = ()) -> dict[str, Any] | None:
     asked = (dialect, family, kind, keys)
     return next((rule for rule in TABLE[loader]["rules"] if matches(rule, *asked)), None)
 

@@ -28,7 +28,7 @@ class Converter:
 
 @dataclass(frozen=True)
 class Model:
-    """A model in one of its sizes, built where `torch.device` says. Called, it gives its parameters' names and shapes."""
+    """A model in one of its sizes, built where `torch.device` says; called, its parameters' names and shapes."""
 
     make: Callable[[], Any]
     # Further models of that size, which share modules with it and have others.

@@ -85,6 +85,7 @@ CLASSES: dict[tuple[str, str | None], dict[str, Model]] = {
     ("cascade", "1b"): {"prior": _prior(1536, (4, 12), 24), "text_encoder": text.CLIP_G},
 }
 
+
 def _ldm(**config: object) -> Converter:
     config = {"layers_per_block": 2, **config}
     return Converter(
