@@ -124,7 +124,9 @@ pub(super) fn check(programs: &[Program], dialects: &[Dialect], families: &[Fami
             if let Some(name) = named.find(|n| !families.iter().any(|f| f.name == **n)) {
                 return wrong(format!("no family is called `{name}`"));
             }
-            let empty = |texts: &Option<Vec<String>>| texts.as_ref().is_some_and(|t| t.is_empty() || t.iter().any(String::is_empty));
+            let empty = |texts: &Option<Vec<String>>| {
+                texts.as_ref().is_some_and(|t| t.is_empty() || t.iter().any(String::is_empty))
+            };
             if empty(&rule.keys) || empty(&rule.without) {
                 return wrong("`keys` and `without` are texts that keys have in them".to_owned());
             }

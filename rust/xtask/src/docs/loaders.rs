@@ -77,7 +77,9 @@ fn matrix(registry: &Registry, program: &Program) -> String {
     let answer = |f: usize, d: &Dialect| {
         let name = &registry.families[f].name;
         let rule = d.reads(f).then(|| program.rule(&d.name, name, "lora", usual(program, &d.name, None))).flatten();
-        let decides = |r: &Rule| program.rule(&d.name, name, "lora", usual(program, &d.name, Some(r))).is_some_and(|s| same(r, s));
+        let decides = |r: &Rule| {
+            program.rule(&d.name, name, "lora", usual(program, &d.name, Some(r))).is_some_and(|s| same(r, s))
+        };
         let star = if program.rules.iter().filter(|r| special(r)).any(decides) { "*" } else { "" };
         rule.map(|r| format!("{}{star}", word(r.answer)))
     };
@@ -88,7 +90,8 @@ fn matrix(registry: &Registry, program: &Program) -> String {
     head.extend(dialects.iter().map(|d| link("", d)));
     let row = |&f: &usize| {
         let name = &registry.families[f].name;
-        let cells = dialects.iter().map(|d| if d.reads(f) { answer(f, d).unwrap_or(".".to_owned()) } else { String::new() });
+        let cells =
+            dialects.iter().map(|d| if d.reads(f) { answer(f, d).unwrap_or(".".to_owned()) } else { String::new() });
         std::iter::once(format!("[`{name}`](families/{name}.md)")).chain(cells).collect::<Vec<String>>()
     };
     let known = |&&f: &&usize| dialects.iter().any(|d| answer(f, d).is_some());
