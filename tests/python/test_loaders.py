@@ -78,9 +78,9 @@ def test_rules_are_well_formed(name: str) -> None:
 
 
 def usual(loader: str, rule: dict[str, Any], dialect: str) -> set[str]:
-    """Keys of a file that the rule is about and that is otherwise as usual: it has what other rules miss."""
+    """Keys of a file that the rule is about and that is otherwise as usual: with what other rules miss first of all."""
     rules = [other for other in TABLE[loader]["rules"] if dialect in other.get("dialects", DIALECTS)]
-    return {text for other in rules for text in other.get("without", ())} - set(rule.get("without", ()))
+    return {other["without"][0] for other in rules if "without" in other} - set(rule.get("without", ()))
 
 
 def decides(loader: str, rule: dict[str, Any], text: str | None) -> bool:

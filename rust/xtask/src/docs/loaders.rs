@@ -52,14 +52,14 @@ fn special(rule: &Rule) -> bool {
     rule.keys.is_some() || rule.without.is_some()
 }
 
-/// The texts in keys of a file that a rule is about, and that is otherwise as usual in its dialect: it has those that
-/// other rules miss, and none of those that they note.
+/// The texts in keys of a file that a rule is about, and that is otherwise as usual in its dialect: it has what other
+/// rules miss first of all, and nothing that they note.
 fn usual<'a>(program: &'a Program, dialect: &'a str, rule: Option<&'a Rule>) -> impl Fn(&str) -> bool + 'a {
     let listed = |texts: &Option<Vec<String>>, text: &str| texts.iter().flatten().any(|t| t == text);
     move |text| {
         let own = |of: fn(&Rule) -> &Option<Vec<String>>| rule.is_some_and(|r| listed(of(r), text));
         let about = |r: &&Rule| r.dialects.is_none() || listed(&r.dialects, dialect);
-        let missed = || program.rules.iter().filter(about).any(|r| listed(&r.without, text));
+        let missed = || program.rules.iter().filter(about).any(|r| r.without.iter().any(|w| w[0] == text));
         own(|r| &r.keys) || missed() && !own(|r| &r.without)
     }
 }
