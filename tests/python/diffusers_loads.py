@@ -10,81 +10,51 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers.loaders import lora_pipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+import models
+
+Listing = dict[str, list[int]]
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
-# SDXL's and SD 1.5's published configs, where the class's defaults differ.
-_SD15 = {"cross_attention_dim": 768}
-_SDXL = {
-    "cross_attention_dim": 2048,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_SD35 = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
-_HIDREAM = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "num_layers": 16,
-    "num_single_layers": 32,
-    "num_attention_heads": 20,
-    "caption_channels": [4096, 4096],
-    "text_emb_dim": 2048,
-    "num_routed_experts": 4,
-    "num_activated_experts": 2,
-    "axes_dims_rope": (64, 32, 32),
-    "max_resolution": (128, 128),
-    "llama_layers": [0, 1],
-}
-
-# family -> loader mixin, model class, config where it is not the class's default.
-PIPELINES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "flux1": ("FluxLoraLoaderMixin", "FluxTransformer2DModel", {"guidance_embeds": True}),
-    "chroma": ("FluxLoraLoaderMixin", "ChromaTransformer2DModel", {}),
-    "flux2": ("Flux2LoraLoaderMixin", "Flux2Transformer2DModel", {}),
-    "sd15": ("StableDiffusionLoraLoaderMixin", "UNet2DConditionModel", _SD15),
-    "sd21": ("StableDiffusionLoraLoaderMixin", "UNet2DConditionModel", {"cross_attention_dim": 1024}),
-    "sdxl": ("StableDiffusionXLLoraLoaderMixin", "UNet2DConditionModel", _SDXL),
-    "sd3": ("SD3LoraLoaderMixin", "SD3Transformer2DModel", _SD35),
-    "qwen-image": ("QwenImageLoraLoaderMixin", "QwenImageTransformer2DModel", {}),
-    "z-image": ("ZImageLoraLoaderMixin", "ZImageTransformer2DModel", {}),
-    "wan": ("WanLoraLoaderMixin", "WanTransformer3DModel", {}),
-    "hunyuan-video": ("HunyuanVideoLoraLoaderMixin", "HunyuanVideoTransformer3DModel", {}),
-    "ltx-video": ("LTXVideoLoraLoaderMixin", "LTXVideoTransformer3DModel", {}),
-    "ltx2": ("LTX2LoraLoaderMixin", "LTX2VideoTransformer3DModel", {}),
-    "lumina2": ("Lumina2LoraLoaderMixin", "Lumina2Transformer2DModel", {}),
-    "hidream": ("HiDreamImageLoraLoaderMixin", "HiDreamImageTransformer2DModel", _HIDREAM),
-    "sana": ("SanaLoraLoaderMixin", "SanaTransformer2DModel", {}),
-    "auraflow": ("AuraFlowLoraLoaderMixin", "AuraFlowTransformer2DModel", {}),
-    "cogvideox": ("CogVideoXLoraLoaderMixin", "CogVideoXTransformer3DModel", {}),
-    "mochi": ("Mochi1LoraLoaderMixin", "MochiTransformer3DModel", {}),
-    "krea2": ("Krea2LoraLoaderMixin", "Krea2Transformer2DModel", {}),
-    "anima": (
-        "AnimaLoraLoaderMixin",
-        "CosmosTransformer3DModel",
-        {"num_layers": 28, "num_attention_heads": 16, "text_embed_dim": 1024},
-    ),
-    "ideogram4": ("Ideogram4LoraLoaderMixin", "Ideogram4Transformer2DModel", {}),
-    "ace-step": ("AceStepLoraLoaderMixin", "AceStepTransformer1DModel", {}),
+# family -> the mixin of its pipeline that loads adapters.
+PIPELINES = {
+    "flux1": "FluxLoraLoaderMixin",
+    "chroma": "FluxLoraLoaderMixin",
+    "flux2": "Flux2LoraLoaderMixin",
+    "sd15": "StableDiffusionLoraLoaderMixin",
+    "sd21": "StableDiffusionLoraLoaderMixin",
+    "sdxl": "StableDiffusionXLLoraLoaderMixin",
+    "sdxl-refiner": "StableDiffusionXLLoraLoaderMixin",
+    "sd3": "SD3LoraLoaderMixin",
+    "sd35": "SD3LoraLoaderMixin",
+    "qwen-image": "QwenImageLoraLoaderMixin",
+    "z-image": "ZImageLoraLoaderMixin",
+    "wan": "WanLoraLoaderMixin",
+    "hunyuan-video": "HunyuanVideoLoraLoaderMixin",
+    "ltx-video": "LTXVideoLoraLoaderMixin",
+    "ltx2": "LTX2LoraLoaderMixin",
+    "lumina2": "Lumina2LoraLoaderMixin",
+    "hidream": "HiDreamImageLoraLoaderMixin",
+    "sana": "SanaLoraLoaderMixin",
+    "auraflow": "AuraFlowLoraLoaderMixin",
+    "cogvideox": "CogVideoXLoraLoaderMixin",
+    "mochi": "Mochi1LoraLoaderMixin",
+    "krea2": "Krea2LoraLoaderMixin",
+    "anima": "AnimaLoraLoaderMixin",
+    "ideogram4": "Ideogram4LoraLoaderMixin",
+    "ace-step": "AceStepLoraLoaderMixin",
 }
 
 
-def hollow(build) -> torch.nn.Module:
+def hollow(build: Callable[[], Any]) -> torch.nn.Module:
     """The model that `build` makes, with stride-0 zeros for matrices."""
     with torch.device("meta"):
         model = build()
@@ -99,46 +69,37 @@ def hollow(build) -> torch.nn.Module:
     return model
 
 
-def _model(family: str) -> torch.nn.Module:
-    """A new one for every file: loading may widen layers and set vectors, and both stay."""
-    _, name, config = PIPELINES[family]
-    return hollow(lambda: getattr(diffusers, name)(**config))
-
-
-def _clip(hidden: int, layers: int) -> torch.nn.Module:
-    config = transformers.CLIPTextConfig(
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64
-    )
-    return hollow(lambda: transformers.CLIPTextModel(config))
-
-
-def _clip_g() -> torch.nn.Module:
-    config = transformers.CLIPTextConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
-    )
-    return hollow(lambda: transformers.CLIPTextModelWithProjection(config))
-
-
-def _text_encoders(family: str) -> dict[str, torch.nn.Module]:
-    if family in ("sdxl", "sd3"):
-        return {"text_encoder": _clip(768, 12), "text_encoder_2": _clip_g()}
-    if family in ("flux1", "sd15"):
-        return {"text_encoder": _clip(768, 12)}
-    return {}
-
-
 def mixin(family: str) -> type:
     """The class that loads the family's adapters."""
-    return getattr(lora_pipeline, PIPELINES[family][0])
+    return getattr(lora_pipeline, PIPELINES[family])
 
 
-def pipeline(family: str) -> Any:
-    """The part of the family's pipeline that loads adapters."""
-    loader = mixin(family)
-    parts = {"text_encoder": None, "text_encoder_2": None, **_text_encoders(family)}
-    name = "unet" if hasattr(loader, "unet_name") else "transformer"
+def main_component(family: str) -> str:
+    """What the pipeline calls the model that is not one of its helpers."""
+    return "unet" if hasattr(mixin(family), "unet_name") else "transformer"
+
+
+def size_of(family: str, size: str | None) -> dict[str, models.Model]:
+    """The family's models in a size; in its first one, if none is named."""
+    if (family, size) in models.CLASSES:
+        return models.CLASSES[family, size]
+    assert size is None, f"{family} has no size {size}"
+    return next(parts for (name, _), parts in models.CLASSES.items() if name == family)
+
+
+def pipeline(family: str, size: str | None, make: Callable[[], Any]) -> Any:
+    """The part of the family's pipeline that loads adapters, around the main model that `make` builds.
+
+    All models are new ones: loading may widen layers and set vectors, and both stay.
+    """
+    loader, main = mixin(family), main_component(family)
+    known = size_of(family, size)
+    # A second transformer of the same shape is loaded only on request.
+    named = [name for name in loader._lora_loadable_modules if name in known and known[name] is not known[main]]
     made = type("Pipeline", (loader,), {"hf_device_map": None, "lora_scale": 1.0})()
-    vars(made).update(parts, **{name: _model(family)}, components={})
+    # Pipelines of models that lack a part (the refiner has one text encoder) hold nothing in its place.
+    vars(made).update(dict.fromkeys(loader._lora_loadable_modules), components={})
+    vars(made).update({name: hollow(known[name].published()[0]) for name in named}, **{main: hollow(make)})
     return made
 
 
@@ -171,7 +132,7 @@ def _small(key: str, shape: list[int], rank: int) -> list[int]:
     return shape
 
 
-def marked(listing: dict[str, list[int]], rank: int = 2) -> tuple[dict[str, torch.Tensor], dict[float, str]]:
+def marked(listing: Listing, rank: int = 2) -> tuple[dict[str, torch.Tensor], dict[float, str]]:
     """Tensors of these keys, each filled with its own odd number; and the numbers' keys."""
     tensors, marks = {}, {}
     for number, (key, shape) in enumerate(listing.items()):
@@ -202,10 +163,8 @@ def _values(pipe: Any) -> set[float]:
     return found
 
 
-def load(family: str, listing: dict[str, list[int]]) -> Outcome:
-    """Load a file of these keys and shapes with diffusers, for real."""
+def _loaded(pipe: Any, listing: Listing) -> Outcome:
     tensors, marks = marked(listing)
-    pipe = pipeline(family)
     try:
         pipe.load_lora_weights(tensors)
     except Exception as error:  # any way of failing is the answer
@@ -215,19 +174,31 @@ def load(family: str, listing: dict[str, list[int]]) -> Outcome:
     return Outcome(loaded, frozenset(marks.values()) - loaded, None)
 
 
+def load(family: str, listing: Listing, size: str | None = None) -> Outcome:
+    """Load a file of these keys and shapes with diffusers, for real.
+
+    Where a size has models that differ (inpainting, image to video), a file is for the one that takes most of it.
+    """
+    best = None
+    for make in size_of(family, size)[main_component(family)].published():
+        outcome = _loaded(pipeline(family, size, make), listing)
+        if best is None or len(outcome.loaded) > len(best.loaded):
+            best = outcome
+        if best.answer == "yes":
+            break
+    assert best is not None
+    return best
+
+
 def fixtures() -> list[dict[str, Any]]:
     """The key listings beside the tests, of families that diffusers has."""
     listings = [json.loads(path.read_text()) for path in sorted(FIXTURES.glob("*.json"))]
-    return [listing for listing in listings if family_of(listing) in PIPELINES]
+    return [listing for listing in listings if listing["family"].replace("_", "-") in PIPELINES]
 
 
 def fixture(name: str) -> dict[str, Any]:
     """The key listing of that name."""
     return json.loads((FIXTURES / f"{name}.json").read_text())
-
-
-def family_of(listing: dict[str, Any]) -> str:
-    return listing["family"].replace("_", "-")
 
 
 # -------------------------------------------------------------------------------- made files
@@ -244,7 +215,7 @@ _SPELLED = {
 }
 
 
-def _tensors(kind: str, dialect: str, rows: int, columns: list[int]) -> dict[str, list[int]]:
+def _tensors(kind: str, dialect: str, rows: int, columns: list[int]) -> Listing:
     """Suffix -> shape of one module's tensors."""
     down, up = _SPELLED[dialect][2]
     kernel = columns[1:]
@@ -265,12 +236,12 @@ def _tensors(kind: str, dialect: str, rows: int, columns: list[int]) -> dict[str
     return {".diff": [rows, *columns]}
 
 
-def made(family: str, dialect: str, kind: str = "lora") -> dict[str, list[int]]:
+def made(family: str, dialect: str, kind: str = "lora") -> Listing:
     """A file with the model's own module names: the first block of each kind, and all modules outside the blocks."""
-    model = _model(family)
-    component = "unet" if hasattr(mixin(family), "unet_name") else "transformer"
+    component = main_component(family)
+    model = hollow(size_of(family, None)[component].published()[0])
     prefix, flat, _ = _SPELLED[dialect]
-    listing: dict[str, list[int]] = {}
+    listing: Listing = {}
     for name, module in model.named_modules():
         layer = isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name
         numbers = [int(part) for part in name.split(".")[1:2] if part.isdigit()]

@@ -1,18 +1,16 @@
-"""What the table of loaders says of diffusers is what diffusers does: files are loaded, and looked for in the model.
-
-An answer of "part" is about files that differ within one row of the table; for those there are pairs of files.
-"""
+"""What `inspect` says of diffusers is what diffusers does: files are loaded, and looked for in the model."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
-from test_loaders import TABLE, rule_for
+import lorafmt
+from test_loaders import TABLE
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -21,78 +19,55 @@ pytest.importorskip("transformers")
 
 import diffusers_loads as loads  # noqa: E402
 
-Listing = dict[str, list[int]]
+Listing = loads.Listing
 MEASURED = diffusers.__version__ == TABLE["diffusers"]["version"]
 measured = pytest.mark.skipif(not MEASURED, reason="the table is about another version of diffusers")
 
-_DIALECTS = [
-    ("peft", r"base_model\.model\."),
-    ("kohya", r"lora_(unet|te\d?)_"),
-    ("onetrainer", r"lora_transformer_|transformer\.(double|single)_blocks\..*\.\d\.lora_down"),
-    ("lycoris", r"lycoris_"),
-    ("comfyui", r"diffusion_model\..*(lora_down|\.lokr_|\.hada_)"),
-    ("aitoolkit", r"diffusion_model\..*lora_A"),
-    ("xlabs", r"(double|single)_blocks\.\d+\.processor"),
-    ("bfl", r"(double|single)_blocks\."),
-    ("diffusers", r"(transformer|unet|text_encoder)\."),
-]
-_KINDS = [
-    ("lokr", r"\.lokr_"),
-    ("loha", r"\.hada_"),
-    ("full", r"\.diff$"),
-    ("dora", r"dora_scale|magnitude"),
-    ("lora", "lora"),
-]
+ANSWERS = {"yes": "yes", "in part": "part", "no": "no"}
+
+# Files that no pipeline here is for.
+APART = {"anima_lora_peft": "its shapes are not those of the published model"}
+FIXTURES = {item["name"]: item for item in loads.fixtures() if item["name"] not in APART}
 
 
-def dialect_of(listing: Listing) -> str | None:
-    """These files do not mix. None: diffusers' names without a prefix."""
-    return next((name for name, pattern in _DIALECTS if any(re.match(pattern, key) for key in listing)), None)
+def told(listing: Listing, family: str | None = None) -> tuple[str, str, str | None]:
+    """What `inspect` says of diffusers and these very tensors; the family and its size that they are for."""
+    info = lorafmt.inspect(loads.marked(listing)[0], family=family)
+    return info.loaders["diffusers"], info.family, info.variant
 
 
-def kind_of(listing: Listing) -> str:
-    return next(name for name, pattern in _KINDS if any(re.search(pattern, key) for key in listing))
-
-
-# Spellings within a dialect that the table's columns cannot tell apart.
-APART = {
-    "flux_peft_named_default": "keys of a named adapter",
-    "flux_mixed_same_block_twice": "of several dialects",
-    "flux2_klein_9b_diffusers_peft": "for a size that the models here do not have",
-    "ltx2_distilled": "it has layers of the connectors, for which these pipelines have no place",
-    "anima_lora_peft": "its shapes are not those of the published model",
-    "sd15_kohya_inpainting": "for the inpainting model, whose first convolution has nine channels",
-    "wan_diffusers_i2v": "it has the layers that only the image-to-video model has",
-}
-FIXTURES = {
-    item["name"]: item for item in loads.fixtures() if item["name"] not in APART and dialect_of(item["tensors"])
-}
-
-
-def check(dialect: str, family: str, listing: Listing) -> None:
-    rule = rule_for("diffusers", dialect, family, kind_of(listing))
-    if rule is None:
+def check(listing: Listing, family: str | None = None) -> None:
+    said, family, size = told(listing, family)
+    if said == "not known":
         pytest.skip("the table says nothing of it")
-    outcome = loads.load(family, listing)
-    if rule["answer"] != "part":
-        assert outcome.answer == rule["answer"], f"{rule}\n{outcome.error}\nlost: {sorted(outcome.lost)[:5]}"
+    outcome = loads.load(family, listing, size)
+    answer, _, note = said.partition(": ")
+    # Where keys do not tell whether a file is taken, the note says which ones are.
+    expected = {"yes", "no"} if answer == "in part" and note.startswith("only ") else {ANSWERS[answer]}
+    assert outcome.answer in expected, f"{said}\n{outcome.error}\nlost: {sorted(outcome.lost)[:5]}"
 
 
-def some(names: Iterable[str], every: int) -> list[Any]:
+def some(cases: Iterable[Any], every: int) -> list[Any]:
     """Each load takes seconds: a usual run tries a few."""
-    return [pytest.param(name, marks=[] if i % every == 0 else [pytest.mark.slow]) for i, name in enumerate(names)]
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*v, marks=[] if i % every == 0 else [pytest.mark.slow]) for i, v in enumerate(values)]
 
 
 @measured
 @pytest.mark.parametrize("name", some(FIXTURES, 12))
 def test_fixture_does_as_the_table_says(name: str) -> None:
-    item = FIXTURES[name]
-    listing = item["tensors"]
-    if kind_of(listing) == "lokr":
+    listing = FIXTURES[name]["tensors"]
+    if any(".lokr_" in key for key in listing):
         # PEFT takes a second for each such layer.
         modules = sorted({key.rsplit(".", 1)[0] for key in listing})[:3]
         listing = {key: shape for key, shape in listing.items() if key.rsplit(".", 1)[0] in modules}
-    check(dialect_of(listing), loads.family_of(item), listing)
+    # Of families that explain it alike, the listing names the right one; sizes of one model may be families of their own.
+    family = FIXTURES[name]["family"].replace("_", "-")
+    alike = lorafmt.detect(loads.marked(listing)[0]).families
+    check(listing, family if family in alike else None)
+
+
+# -------------------------------------------------------------------------------- made files
 
 
 @measured
@@ -100,27 +75,65 @@ def test_fixture_does_as_the_table_says(name: str) -> None:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_own_names_are_loaded(family: str, kind: str) -> None:
     listing = loads.made(family, "diffusers", kind)
-    assert kind_of(listing) == kind
-    check("diffusers", family, listing)
-
-
-SOME = ("flux1", "sd15", "qwen-image", "hidream", "sana")
-
-
-@measured
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "dialect"), list(itertools.product(SOME, ("peft", "onetrainer", "lycoris"))))
-def test_other_spellings_of_own_names(family: str, dialect: str) -> None:
-    check(dialect, family, loads.made(family, dialect))
+    assert told(listing, family)[0] == "yes"
+    check(listing, family)
 
 
 @measured
 @pytest.mark.parametrize(("family", "kind"), list(itertools.product(("flux1", "sd15", "ltx-video"), ("loha", "full"))))
 def test_other_kinds(family: str, kind: str) -> None:
-    check("diffusers", family, loads.made(family, "diffusers", kind))
+    check(loads.made(family, "diffusers", kind), family)
 
 
-# -------------------------------------------------------------------------------- answers of "part"
+def _renamed(listing: Listing, names: dict[str, str]) -> Listing:
+    for old, new in names.items():
+        listing = {key.replace(old, new): shape for key, shape in listing.items()}
+    return listing
+
+
+def _alphas(listing: Listing) -> Listing:
+    return {**listing, **{re.sub(r"\.lo(ra|kr)_.*", ".alpha", key): [] for key in listing}}
+
+
+def _bare(listing: Listing) -> Listing:
+    return {key.partition(".")[2]: shape for key, shape in listing.items()}
+
+
+KOHYA = {".lora_A.": ".lora_down.", ".lora_B.": ".lora_up."}
+# Ways to spell diffusers' own names otherwise.
+SPELLINGS: dict[str, Callable[[Listing], Listing]] = {
+    "bare": _bare,
+    "bare with alphas": lambda own: _alphas(_bare(own)),
+    "with alphas": _alphas,
+    "lora_down": lambda own: _renamed(own, KOHYA),
+    "lora_down with alphas": lambda own: _alphas(_renamed(own, KOHYA)),
+    "named adapter": lambda own: _renamed(own, {".weight": ".default.weight"}),
+}
+ELSEWHERE = ("peft", "kohya", "comfyui", "aitoolkit", "onetrainer", "lycoris")
+
+
+@measured
+@pytest.mark.parametrize(("family", "spelling"), some(itertools.product(loads.PIPELINES, SPELLINGS), 13))
+def test_other_spellings_of_own_names(family: str, spelling: str) -> None:
+    check(SPELLINGS[spelling](loads.made(family, "diffusers")), family)
+
+
+@measured
+@pytest.mark.parametrize(("family", "dialect"), some(itertools.product(loads.PIPELINES, ELSEWHERE), 13))
+def test_own_names_elsewhere(family: str, dialect: str) -> None:
+    check(loads.made(family, dialect), family)
+
+
+@measured
+@pytest.mark.parametrize("spelling", ["own", "bare", "bare with alphas", "with alphas"])
+@pytest.mark.parametrize("family", ["flux2", "z-image"])
+def test_lokr(family: str, spelling: str) -> None:
+    own = loads.made(family, "diffusers", "lokr")
+    few = {key: own[key] for key in list(own)[:4]}
+    check(SPELLINGS[spelling](few) if spelling != "own" else few, family)
+
+
+# -------------------------------------------------------------------------------- what decides within a dialect
 
 
 def _pairs(
@@ -148,39 +161,36 @@ MODULATION = {
     **_pairs("lora_transformer_transformer_blocks_0_norm1_linear", rows=18432),
     "lora_transformer_transformer_blocks_0_norm1_linear.alpha": [],
 }
-PARTS: dict[str, tuple[str, str, Listing, Listing]] = {
-    # what -> dialect, family, a file that loads whole, one that does not
-    "kohya outside the blocks": ("kohya", "flux1", BLOCK, {**BLOCK, **_pairs("lora_unet_img_in", columns=64)}),
+MORE: dict[str, tuple[str, Listing, Listing]] = {
+    # what -> family, a file that loads whole, what more stops that
+    "kohya outside the blocks": ("flux1", BLOCK, _pairs("lora_unet_img_in", columns=64)),
     "kohya and T5": (
-        "kohya",
         "flux1",
         BLOCK,
-        {**BLOCK, **_pairs("lora_te3_encoder_block_0_layer_0_SelfAttention_q", rows=4096, columns=4096)},
+        _pairs("lora_te3_encoder_block_0_layer_0_SelfAttention_q", rows=4096, columns=4096),
     ),
-    "guidance layer": (
-        "kohya",
-        "chroma",
-        BLOCK,
-        {**BLOCK, **_pairs("lora_unet_distilled_guidance_layer_in_proj", rows=5120, columns=64)},
-    ),
-    "bias": ("comfyui", "flux1", NATIVE, {**NATIVE, "diffusion_model.double_blocks.0.img_attn.proj.diff_b": [3072]}),
-    "attention only": ("onetrainer", "flux1", ATTENTION, {**ATTENTION, **MODULATION}),
-    "fal": (
-        "peft",
-        "flux1",
-        _own("flux_fal_kontext"),
-        _own("flux_fal_kontext", r"double_blocks\.1\."),
-    ),
+    "guidance layer": ("chroma", BLOCK, _pairs("lora_unet_distilled_guidance_layer_in_proj", rows=5120, columns=64)),
+    "bias": ("flux1", NATIVE, {"diffusion_model.double_blocks.0.img_attn.proj.diff_b": [3072]}),
+    "attention only": ("flux1", ATTENTION, MODULATION),
 }  # fmt: skip
 
 
 @measured
-@pytest.mark.parametrize("what", PARTS)
-def test_part_means_that_some_load_and_some_do_not(what: str) -> None:
-    dialect, family, whole, lossy = PARTS[what]
-    assert rule_for("diffusers", dialect, family, "lora")["answer"] == "part"
-    assert loads.load(family, whole).answer == "yes"
-    assert loads.load(family, lossy).answer != "yes"
+@pytest.mark.parametrize("what", MORE)
+def test_keys_make_the_difference(what: str) -> None:
+    family, whole, more = MORE[what]
+    assert told(whole, family)[0] == "yes"
+    check(whole, family)
+    assert told({**whole, **more}, family)[0] != "yes"
+    check({**whole, **more}, family)
+
+
+@measured
+def test_incomplete_files_of_fal_are_refused() -> None:
+    whole = _own("flux_fal_kontext")
+    assert told(whole)[0].startswith("in part: only complete files")
+    assert loads.load("flux1", whole).answer == "yes"
+    assert loads.load("flux1", _own("flux_fal_kontext", r"double_blocks\.1\.")).answer == "no"
 
 
 @measured
@@ -192,7 +202,7 @@ def test_control_files_lose_their_final_modulation() -> None:
     tensors["final_layer.adaLN_modulation.1.lora_B.weight"] = torch.ones(6144, 4)
     converted = loads.mixin("flux1").lora_state_dict(tensors)
     assert torch.equal(converted["transformer.norm_out.linear.lora_A.weight"], source.roll(2, 0))
-    assert rule_for("diffusers", "bfl", "flux1", "lora")["answer"] == "part"
+    assert told(_own("flux_control_lora"))[0].startswith("in part: only complete Control files")
 
 
 def test_stable_cascade_has_no_loader() -> None:

@@ -3,12 +3,15 @@
 mod algebra;
 mod join;
 mod merge;
+mod names;
 mod peft;
 mod unsure;
 
 use std::collections::BTreeMap;
 
 pub use algebra::Algebra;
+use names::path;
+pub(crate) use names::{keys, target_row};
 
 use crate::adapter::{Adapter, Address, ModuleKey};
 use crate::compose::{Composition, Ledger, Unknown};
@@ -169,12 +172,6 @@ struct Encoder<'a> {
 }
 
 impl<'a> Encoder<'a> {
-    /// The dialect that lends its suffixes to a place.
-    fn speller(&self, place: &Place) -> &'a Dialect {
-        let named = place.spelled_as.as_ref();
-        named.and_then(|name| self.adapter.registry.dialects.iter().find(|d| d.name == *name)).unwrap_or(self.dialect)
-    }
-
     /// All modules of one component, spelled.
     fn component(&mut self, component: usize) -> Result<Vec<Spelled<'a>>> {
         let modules = self.members(component)?;
@@ -186,19 +183,13 @@ impl<'a> Encoder<'a> {
             return Ok(Vec::new());
         };
         self.warn_of_one_place(place, &modules);
-        let dialect = self.speller(place);
+        let dialect = self.adapter.registry.speller(self.dialect, place);
         let mut spelled = Vec::new();
         let mut drafts = Vec::new();
         for Goal { row, part, variables, members } in self.targets(place, modules)? {
             let mut keys: Vec<ModuleKey> = members.iter().map(|m| m.key.clone()).collect();
             keys.dedup();
-            let path = match part {
-                Some(part) => row.canonical[part].render(&variables),
-                // A fused module that could not be cut has no name where parts stand; joining it is refused below.
-                None => {
-                    row.names[place.namespace].as_ref().map_or_else(|| keys[0].path.clone(), |t| t.render(&variables))
-                }
-            };
+            let path = path(place, row, part, &variables, &keys[0]);
             let terms = self.join_terms(place, dialect, row, members)?;
             let draft = Draft { row, path, keys, terms };
             if self.options.algebra.merge.is_some() {
@@ -281,7 +272,7 @@ impl<'a> Encoder<'a> {
         let component = self.adapter.component(place.component);
         let mut groups: BTreeMap<(usize, Variables, Option<usize>), Members<'a>> = BTreeMap::new();
         for member in modules {
-            let row = self.target_row(place, member.key, member.address);
+            let row = target_row(self.adapter, place, member.key, member.address);
             let Some(row) = row else {
                 self.lose(Code::UnsupportedModule, member.key, &member.module, "has no name there")?;
                 continue;
@@ -293,24 +284,6 @@ impl<'a> Encoder<'a> {
             .into_iter()
             .map(|((row, variables, part), members)| Goal { row: &component.rows[row], part, variables, members })
             .collect())
-    }
-
-    /// The row under which a module is written, and which part of it in the canonical namespace, where every part
-    /// stands by itself. A module that several rows have belongs to the first, so that those of all terms meet.
-    fn target_row(&self, place: &Place, key: &ModuleKey, address: &Address) -> Option<(usize, Option<usize>)> {
-        let rows = &self.adapter.component(place.component).rows;
-        let canonical = place.namespace == 0;
-        let named = |row: &Row| canonical || row.names[place.namespace].is_some();
-        let Some(part) = address.part.filter(|_| address.namespace == 0) else {
-            // What could not be cut stays whole: another name for the same modules, stacked in the same order, will do.
-            let own = &rows[address.row];
-            let same = |row: &Row| row.op == own.op && row.canonical == own.canonical && named(row);
-            let row = if named(own) { address.row } else { rows.iter().position(same)? };
-            return Some((row, address.part.filter(|_| canonical)));
-        };
-        let template = &self.adapter.row(key, address).canonical[part];
-        let row = rows.iter().position(|row| named(row) && row.canonical.contains(template))?;
-        Some((row, rows[row].canonical.iter().position(|t| t == template).filter(|_| canonical)))
     }
 
     /// Why the dialect cannot spell a module, if it cannot.
@@ -476,12 +449,7 @@ impl<'a> Encoder<'a> {
 
     /// The tensors of one module under their keys.
     fn outputs(&self, s: &Spelled<'_>, out: &mut Vec<Output>) {
-        let flat = s.place.prefix.ends_with('_');
-        let base = if flat {
-            format!("{}{}", s.place.prefix, s.path.replace('.', "_"))
-        } else {
-            format!("{}{}", s.place.prefix, s.path)
-        };
+        let base = s.place.key(&s.path);
         let param = s.row.params[s.place.namespace].as_deref();
         let mut push = |slot: Slot, tensor: Tensor| {
             let suffix = s.dialect.suffix(slot, param).expect("checked by unspellable");

@@ -1,12 +1,12 @@
-"""Parameter names and shapes of a model, from its own class on the meta device."""
+"""Models, built from their own classes; their parameters' names and shapes, on the meta device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
-Build = Callable[[], Shapes]
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,38 @@ class Converter:
     joined: tuple[str, ...] = ()
 
 
-def meta(make: Callable[[], object]) -> Build:
-    """Parameter shapes of a module that is built on the meta device, without memory."""
+@dataclass(frozen=True)
+class Model:
+    """A model in one of its sizes, built where `torch.device` says; called, its parameters' names and shapes."""
 
-    def build() -> Shapes:
+    make: Callable[[], Any]
+    # Further models of that size, which share modules with it and have others.
+    others: tuple[Model, ...] = ()
+    # Models of the same modules, some of which take wider inputs.
+    wider: tuple[Model, ...] = ()
+    # What pipelines hold, where its names are not those that adapters have.
+    held: Callable[[], Any] | None = None
+    # Parameters of the class that the model lacks.
+    lacks: tuple[str, ...] = ()
+
+    def __call__(self) -> Shapes:
         import torch
 
-        with torch.device("meta"):
-            module = make()
-        return {name: tuple(p.shape) for name, p in module.named_parameters()}
+        merged: Shapes = {}
+        for model in (self, *self.others):
+            with torch.device("meta"):
+                module = model.make()
+            for name, parameter in module.named_parameters():
+                shape = tuple(parameter.shape)
+                assert merged.setdefault(name, shape) == shape, name
+        return {name: shape for name, shape in merged.items() if name not in self.lacks}
 
-    return build
+    def published(self) -> list[Callable[[], Any]]:
+        """How those are built that adapters of this size can be for, the most usual first."""
+        return [model.held or model.make for model in (self, *self.others, *self.wider)]
 
 
-def diffusers(name: str, **config: object) -> Build:
+def diffusers(name: str, **config: object) -> Model:
     """A model of diffusers; what `config` leaves out is the class's default."""
 
     def make() -> object:
@@ -47,4 +65,15 @@ def diffusers(name: str, **config: object) -> Build:
 
         return getattr(library, name)(**config)
 
-    return meta(make)
+    return Model(make)
+
+
+def transformers(model: str, config: str, **values: object) -> Model:
+    """A model of transformers, with a config of its own kind."""
+
+    def make() -> object:
+        import transformers as library
+
+        return getattr(library, model)(getattr(library, config)(**values))
+
+    return Model(make)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from .build import Converter, diffusers
+from . import text
+from .build import Converter, Model, diffusers
 
-# (family, size) -> component -> the shapes of its parameters.
-CLASSES = {
-    ("flux1", None): {"transformer": diffusers("FluxTransformer2DModel", guidance_embeds=True)},
-    ("chroma", None): {"transformer": diffusers("ChromaTransformer2DModel")},
+# (family, size) -> component -> its model.
+CLASSES: dict[tuple[str, str | None], dict[str, Model]] = {
+    ("flux1", None): {
+        "transformer": diffusers("FluxTransformer2DModel", guidance_embeds=True),
+        "text_encoder": text.CLIP_L,
+        "text_encoder_2": text.T5_XXL,
+    },
+    ("chroma", None): {"transformer": diffusers("ChromaTransformer2DModel"), "text_encoder": text.T5_XXL},
 }
-
-# Paths of matrices that no adapter factors: looked up, not multiplied.
-EMBEDDINGS: set[str] = set()
 
 CONVERTERS = {
     ("flux1", None): Converter("convert_flux_transformer_checkpoint_to_diffusers"),

@@ -1,23 +1,24 @@
-"""Stable Diffusion 1, 2 and XL, Stable Cascade, and the text encoders of CLIP."""
+"""Stable Diffusion 1, 2 and XL, and Stable Cascade."""
 
 from __future__ import annotations
 
-from .build import Build, Converter, Shapes, diffusers, meta
+from dataclasses import replace
+
+from . import text
+from .build import Converter, Model, diffusers
 
 _WITH_ATTENTION = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 _WITHOUT = ("DownBlock2D", "UpBlock2D")
 
 
-def _unet(widths: tuple[int, ...], attention: tuple[bool, ...], **config: object) -> Build:
-    """A UNet by the widths of its levels, the widest last, and which of them have attention."""
+def _unet(widths: tuple[int, ...], attention: tuple[bool, ...], **config: object) -> Model:
+    """A UNet by the widths of its levels, the widest last, and which of them have attention; wider for inpainting."""
     levels = [_WITH_ATTENTION if level else _WITHOUT for level in attention]
-    return diffusers(
-        "UNet2DConditionModel",
-        block_out_channels=widths,
-        down_block_types=tuple(down for down, _ in levels),
-        up_block_types=tuple(up for _, up in reversed(levels)),
-        **config,
-    )
+    config["block_out_channels"] = widths
+    config["down_block_types"] = tuple(down for down, _ in levels)
+    config["up_block_types"] = tuple(up for _, up in reversed(levels))
+    inpainting = diffusers("UNet2DConditionModel", in_channels=9, **config)
+    return replace(diffusers("UNet2DConditionModel", **config), wider=(inpainting,))
 
 
 def _xl(added: int) -> dict[str, object]:
@@ -30,7 +31,7 @@ def _xl(added: int) -> dict[str, object]:
     }
 
 
-def _prior(width: int, layers: tuple[int, int], heads: int) -> Build:
+def _prior(width: int, layers: tuple[int, int], heads: int) -> Model:
     """Stable Cascade's stage C."""
     return diffusers(
         "StableCascadeUNet",
@@ -45,46 +46,17 @@ def _prior(width: int, layers: tuple[int, int], heads: int) -> Build:
     )
 
 
-def _clip(hidden: int, layers: int, heads: int, *, projected: bool = True) -> Build:
-    """A text model of CLIP; its projection, where it has one, is as wide as the model.
-
-    Without a projection its class is CLIPTextModel, which lost the `text_model.` before its names in transformers 5.6.
-    """
-
-    def make() -> object:
-        import transformers
-
-        config = transformers.CLIPTextConfig(
-            hidden_size=hidden,
-            intermediate_size=4 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            projection_dim=hidden,
-        )
-        return transformers.CLIPTextModelWithProjection(config)
-
-    def build() -> Shapes:
-        shapes = meta(make)()
-        return {name: shape for name, shape in shapes.items() if projected or name != "text_projection.weight"}
-
-    return build
-
-
-_CLIP_L = _clip(768, 12, 12)
-_CLIP_G = _clip(1280, 32, 20)
-_CLIP_H = _clip(1024, 23, 16, projected=False)
-
 _SD = ((320, 640, 1280, 1280), (True, True, True, False))
 
-# (family, size) -> component -> the shapes of its parameters.
-CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
+# (family, size) -> component -> its model.
+CLASSES: dict[tuple[str, str | None], dict[str, Model]] = {
     ("sd15", None): {
         "unet": _unet(*_SD, cross_attention_dim=768, attention_head_dim=8),
-        "text_encoder": _CLIP_L,
+        "text_encoder": text.CLIP_L,
     },
     ("sd21", None): {
         "unet": _unet(*_SD, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
-        "text_encoder": _CLIP_H,
+        "text_encoder": text.CLIP_H,
     },
     ("sdxl", None): {
         "unet": _unet(
@@ -95,8 +67,8 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
             transformer_layers_per_block=(1, 2, 10),
             **_xl(2816),
         ),
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _CLIP_G,
+        "text_encoder": text.CLIP_L,
+        "text_encoder_2": text.CLIP_G,
     },
     ("sdxl-refiner", None): {
         "unet": _unet(
@@ -107,14 +79,11 @@ CLASSES: dict[tuple[str, str | None], dict[str, Build]] = {
             transformer_layers_per_block=4,
             **_xl(2560),
         ),
-        "text_encoder_2": _CLIP_G,
+        "text_encoder_2": text.CLIP_G,
     },
-    ("cascade", "3.6b"): {"prior": _prior(2048, (8, 24), 32), "text_encoder": _CLIP_G},
-    ("cascade", "1b"): {"prior": _prior(1536, (4, 12), 24), "text_encoder": _CLIP_G},
+    ("cascade", "3.6b"): {"prior": _prior(2048, (8, 24), 32), "text_encoder": text.CLIP_G},
+    ("cascade", "1b"): {"prior": _prior(1536, (4, 12), 24), "text_encoder": text.CLIP_G},
 }
-
-# Paths of matrices that no adapter factors: looked up, not multiplied.
-EMBEDDINGS: set[str] = set()
 
 
 def _ldm(**config: object) -> Converter:

@@ -52,6 +52,10 @@ pub struct Rule {
     pub families: Option<Vec<String>>,
     /// Kinds.
     pub kinds: Option<Vec<String>>,
+    /// Texts: it is about files that have one of them in some key.
+    pub keys: Option<Vec<String>>,
+    /// Texts: it is about files that have none of them in any key.
+    pub without: Option<Vec<String>>,
     /// What happens.
     pub answer: Answer,
     /// What is lost, or why it stops.
@@ -62,11 +66,14 @@ pub struct Rule {
 }
 
 impl Program {
-    /// What it makes of a file; `None` if that is not known.
-    pub fn rule(&self, dialect: &str, family: &str, kind: &str) -> Option<&Rule> {
-        let has =
-            |list: &Option<Vec<String>>, name: &str| list.as_ref().is_none_or(|all| all.iter().any(|n| n == name));
-        self.rules.iter().find(|r| has(&r.dialects, dialect) && has(&r.families, family) && has(&r.kinds, kind))
+    /// What it makes of a file; `None` if that is not known. `has` tells whether a text is in some key of the file, and
+    /// is asked only where it decides.
+    pub fn rule(&self, dialect: &str, family: &str, kind: &str, has: impl Fn(&str) -> bool) -> Option<&Rule> {
+        let is = |list: &Option<Vec<String>>, name: &str| list.as_ref().is_none_or(|all| all.iter().any(|n| n == name));
+        let about = |r: &&Rule| is(&r.dialects, dialect) && is(&r.families, family) && is(&r.kinds, kind);
+        let any = |texts: &Vec<String>| texts.iter().any(|text| has(text));
+        let fits = |r: &&Rule| r.keys.as_ref().is_none_or(any) && !r.without.as_ref().is_some_and(any);
+        self.rules.iter().filter(about).find(fits)
     }
 }
 
@@ -116,6 +123,12 @@ pub(super) fn check(programs: &[Program], dialects: &[Dialect], families: &[Fami
             let mut named = rule.families.iter().flatten();
             if let Some(name) = named.find(|n| !families.iter().any(|f| f.name == **n)) {
                 return wrong(format!("no family is called `{name}`"));
+            }
+            let empty = |texts: &Option<Vec<String>>| {
+                texts.as_ref().is_some_and(|t| t.is_empty() || t.iter().any(String::is_empty))
+            };
+            if empty(&rule.keys) || empty(&rule.without) {
+                return wrong("`keys` and `without` are texts that keys have in them".to_owned());
             }
             if rule.answer != Answer::Yes && rule.note.is_empty() {
                 return wrong("a rule that does not say yes says why".to_owned());

@@ -208,6 +208,16 @@ pub struct Place {
     pub write: bool,
 }
 
+impl Place {
+    /// What stands before a suffix in a key: the module's path behind the prefix, flat where that is.
+    pub fn key(&self, path: &str) -> String {
+        match self.prefix.ends_with('_') {
+            true => format!("{}{}", self.prefix, path.replace('.', "_")),
+            false => format!("{}{path}", self.prefix),
+        }
+    }
+}
+
 /// How a tool spells an adapter.
 #[derive(Debug, Clone)]
 pub struct Dialect {
@@ -321,6 +331,12 @@ impl Registry {
     /// Programs that load adapters.
     pub fn programs(&self) -> &[Program] {
         self.programs.get_or_init(|| self.sources.programs().expect("checked where tables are given, and by a test"))
+    }
+
+    /// The dialect that lends its suffixes to a place of another one: itself, unless the place names one.
+    pub fn speller<'a>(&'a self, dialect: &'a Dialect, place: &Place) -> &'a Dialect {
+        let named = place.spelled_as.as_ref();
+        named.and_then(|name| self.dialects.iter().find(|d| d.name == *name)).unwrap_or(dialect)
     }
 
     /// The number of a family; of its first size, if it has several.

@@ -32,7 +32,8 @@ pub(super) fn page(registry: &Registry) -> String {
          What programs make of a file as it is, by dialect, family and kind. `inspect` looks here, and where another form\n\
          is better it says which command makes it. The first table of a program is about plain LoRA; the rules below it have\n\
          everything, with the source of every claim (\"measured\" is: run). The first rule that fits decides; what no rule\n\
-         fits is not known, and shown as a dot.\n"
+         fits is not known, and shown as a dot. Some rules are only about files that have one of some texts in a key,\n\
+         or none of them in any; where there are such rules, the table has a star at what is true of usual files.\n"
     );
     for program in registry.programs() {
         let version =
@@ -42,11 +43,45 @@ pub(super) fn page(registry: &Registry) -> String {
     out
 }
 
+fn same(one: &Rule, other: &Rule) -> bool {
+    std::ptr::eq(one, other)
+}
+
+/// Whether a rule is about some keys.
+fn special(rule: &Rule) -> bool {
+    rule.keys.is_some() || rule.without.is_some()
+}
+
+/// The texts in keys of a file that a rule is about, and that is otherwise as usual in its dialect: it has what other
+/// rules miss first of all, and nothing that they note.
+fn usual<'a>(program: &'a Program, dialect: &'a str, rule: Option<&'a Rule>) -> impl Fn(&str) -> bool + 'a {
+    let listed = |texts: &Option<Vec<String>>, text: &str| texts.iter().flatten().any(|t| t == text);
+    move |text| {
+        let own = |of: fn(&Rule) -> &Option<Vec<String>>| rule.is_some_and(|r| listed(of(r), text));
+        let about = |r: &&Rule| r.dialects.is_none() || listed(&r.dialects, dialect);
+        let missed = || program.rules.iter().filter(about).any(|r| r.without.iter().any(|w| w[0] == text));
+        own(|r| &r.keys) || missed() && !own(|r| &r.without)
+    }
+}
+
+/// The keys that a rule is about.
+fn about(rule: &Rule) -> String {
+    let parts = [("with ", &rule.keys), ("without ", &rule.without)];
+    let parts = parts.iter().filter_map(|(word, texts)| texts.as_ref().map(|t| format!("{word}{}", codes(t))));
+    let parts: Vec<String> = parts.collect();
+    if parts.is_empty() { "any".to_owned() } else { parts.join("; ") }
+}
+
 /// Families down, dialects across, for plain LoRA.
 fn matrix(registry: &Registry, program: &Program) -> String {
     let answer = |f: usize, d: &Dialect| {
-        let rule = d.reads(f).then(|| program.rule(&d.name, &registry.families[f].name, "lora")).flatten();
-        rule.map(|r| word(r.answer))
+        let name = &registry.families[f].name;
+        let rule = d.reads(f).then(|| program.rule(&d.name, name, "lora", usual(program, &d.name, None))).flatten();
+        let decides = |r: &Rule| {
+            program.rule(&d.name, name, "lora", usual(program, &d.name, Some(r))).is_some_and(|s| same(r, s))
+        };
+        let star = if program.rules.iter().filter(|r| special(r)).any(decides) { "*" } else { "" };
+        rule.map(|r| format!("{}{star}", word(r.answer)))
     };
     let families = families(registry);
     let told = |d: &&Dialect| families.iter().any(|&f| answer(f, d).is_some());
@@ -55,7 +90,8 @@ fn matrix(registry: &Registry, program: &Program) -> String {
     head.extend(dialects.iter().map(|d| link("", d)));
     let row = |&f: &usize| {
         let name = &registry.families[f].name;
-        let cells = dialects.iter().map(|d| if d.reads(f) { answer(f, d).unwrap_or(".") } else { "" }.to_owned());
+        let cells =
+            dialects.iter().map(|d| if d.reads(f) { answer(f, d).unwrap_or(".".to_owned()) } else { String::new() });
         std::iter::once(format!("[`{name}`](families/{name}.md)")).chain(cells).collect::<Vec<String>>()
     };
     let known = |&&f: &&usize| dialects.iter().any(|d| answer(f, d).is_some());
@@ -71,12 +107,13 @@ fn rules(program: &Program) -> String {
             any(&r.dialects),
             any(&r.families),
             any(&r.kinds),
+            about(r),
             r.note.clone(),
             r.source.clone(),
         ]
     };
     table(
-        &["loads", "dialects", "families", "kinds", "what happens", "source"],
+        &["loads", "dialects", "families", "kinds", "keys", "what happens", "source"],
         &program.rules.iter().map(row).collect::<Vec<_>>(),
     )
 }
@@ -93,6 +130,7 @@ pub(super) fn of_family(registry: &Registry, family: usize) -> String {
                     program.name.clone(),
                     codes(dialects),
                     if kinds.is_empty() { "any".to_owned() } else { kinds.join(", ") },
+                    about(rule),
                     word(rule.answer).to_owned(),
                     rule.note.clone(),
                     rule.source.clone(),
@@ -104,7 +142,7 @@ pub(super) fn of_family(registry: &Registry, family: usize) -> String {
         return format!("Of no program is it known what it makes of adapters of `{name}`.\n");
     }
     let text = "What no line is about is not known.\n\n";
-    text.to_owned() + &table(&["program", "dialects", "kinds", "loads it", "what happens", "source"], &rows)
+    text.to_owned() + &table(&["program", "dialects", "kinds", "keys", "loads it", "what happens", "source"], &rows)
 }
 
 /// The dialects of a family for which the rule decides, by the kinds for which it does; no kinds are all of them.
@@ -117,7 +155,8 @@ fn met<'r>(
     let name = &registry.families[family].name;
     let mut out: Vec<(Vec<&'static str>, Vec<&'r str>)> = Vec::new();
     for dialect in registry.dialects.iter().filter(|d| d.reads(family)) {
-        let decides = |kind: &&str| program.rule(&dialect.name, name, kind).is_some_and(|r| std::ptr::eq(r, rule));
+        let rule_for = |kind: &str| program.rule(&dialect.name, name, kind, usual(program, &dialect.name, Some(rule)));
+        let decides = |kind: &&str| rule_for(kind).is_some_and(|r| same(r, rule));
         let mut decided: Vec<&str> = ALL.into_iter().filter(decides).collect();
         if !held(dialect).iter().any(|kind| decided.contains(kind)) {
             continue;

@@ -1,0 +1,88 @@
+//! What a dialect calls the modules of an adapter.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::adapter::{Adapter, Address, ModuleKey};
+use crate::kind::{Kind, Module, Slot};
+use crate::table::pattern::Variables;
+use crate::table::{AlphaPolicy, Dialect, Place, Row};
+
+/// The row under which a module is written, and which part of it in the canonical namespace, where every part
+/// stands by itself. A module that several rows have belongs to the first, so that those of all terms meet.
+pub(crate) fn target_row(
+    adapter: &Adapter,
+    place: &Place,
+    key: &ModuleKey,
+    address: &Address,
+) -> Option<(usize, Option<usize>)> {
+    let rows = &adapter.component(place.component).rows;
+    let canonical = place.namespace == 0;
+    let named = |row: &Row| canonical || row.names[place.namespace].is_some();
+    let Some(part) = address.part.filter(|_| address.namespace == 0) else {
+        // What could not be cut stays whole: another name for the same modules, stacked in the same order, will do.
+        let own = &rows[address.row];
+        let same = |row: &Row| row.op == own.op && row.canonical == own.canonical && named(row);
+        let row = if named(own) { address.row } else { rows.iter().position(same)? };
+        return Some((row, address.part.filter(|_| canonical)));
+    };
+    let template = &adapter.row(key, address).canonical[part];
+    let row = rows.iter().position(|row| named(row) && row.canonical.contains(template))?;
+    Some((row, rows[row].canonical.iter().position(|t| t == template).filter(|_| canonical)))
+}
+
+/// The path of a module under its row, or under one part of that.
+pub(super) fn path(
+    place: &Place,
+    row: &Row,
+    part: Option<usize>,
+    variables: &Variables,
+    canonical: &ModuleKey,
+) -> String {
+    match part {
+        Some(part) => row.canonical[part].render(variables),
+        // A fused module that could not be cut has no name where parts stand; joining it is refused elsewhere.
+        None => row.names[place.namespace].as_ref().map_or_else(|| canonical.path.clone(), |t| t.render(variables)),
+    }
+}
+
+/// The keys that an adapter would have in a dialect, of those modules that have a name there; `plain` tells which of
+/// them are made plain LoRA on the way. Reads no tensor.
+pub(crate) fn keys(adapter: &Adapter, dialect: &Dialect, plain: impl Fn(&Module) -> bool) -> BTreeSet<String> {
+    let mut known: BTreeMap<(usize, usize, Option<usize>, usize), Option<(usize, Option<usize>)>> = BTreeMap::new();
+    let mut out = BTreeSet::new();
+    for (key, placed) in &adapter.modules {
+        let Some(place) = dialect.place(adapter.family, key.component) else { continue };
+        let address = &placed.address;
+        let row = known
+            .entry((key.component, address.row, address.part, address.namespace))
+            .or_insert_with(|| target_row(adapter, place, key, address));
+        let Some((row, part)) = *row else { continue };
+        let row = &adapter.component(key.component).rows[row];
+        let base = place.key(&path(place, row, part, &address.variables, key));
+        let speller = adapter.registry.speller(dialect, place);
+        let param = row.params[place.namespace].as_deref();
+        let suffixes = slots(&placed.module, speller, plain(&placed.module)).into_iter();
+        out.extend(suffixes.filter_map(|slot| speller.suffix(slot, param)).map(|suffix| base.clone() + &suffix));
+    }
+    out
+}
+
+/// The slots that a module has in a dialect; those that it has no suffix for are among them.
+fn slots(module: &Module, dialect: &Dialect, plain: bool) -> Vec<Slot> {
+    let own = || module.tensors.keys().copied();
+    let mut slots: Vec<Slot> = match plain {
+        true => [Slot::Down, Slot::Up].into_iter().chain(own().filter(|&slot| slot == Slot::DiffB)).collect(),
+        false => own().collect(),
+    };
+    for slot in &mut slots {
+        if *slot == Slot::DiffB && !dialect.spelling.contains_key(slot) {
+            *slot = Slot::Bias;
+        }
+    }
+    let lora = plain || module.kind == Kind::Lora;
+    let scaled = plain || module.rank().is_some() || module.alpha.is_some();
+    if scaled && (dialect.alpha == AlphaPolicy::Tensor || !lora) {
+        slots.push(Slot::Alpha);
+    }
+    slots
+}
