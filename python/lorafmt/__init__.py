@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ._checkpoints import FuseReport, UnfuseReport, extract, fuse, unfuse
     from ._expand import expand
     from ._lorafmt import __version__
+    from ._report import LibraryReport, report
     from ._resize import normalize, resize
     from .adapter import Adapter, Module
     from .api import (
@@ -54,6 +55,7 @@ _HOME = {
     "FormatError": "exceptions",
     "FuseReport": "_checkpoints",
     "InputNotFoundError": "exceptions",
+    "LibraryReport": "_report",
     "LorafmtError": "exceptions",
     "Module": "adapter",
     "OutputExistsError": "exceptions",
@@ -76,6 +78,7 @@ _HOME = {
     "normalize": "_resize",
     "open": "api",
     "register_table": "api",
+    "report": "_report",
     "resize": "_resize",
     "scale": "api",
     "split": "api",
@@ -93,6 +96,7 @@ __all__ = [
     "FormatError",
     "FuseReport",
     "InputNotFoundError",
+    "LibraryReport",
     "LorafmtError",
     "Module",
     "OutputExistsError",
@@ -117,6 +121,7 @@ __all__ = [
     "normalize",
     "open",
     "register_table",
+    "report",
     "resize",
     "runtime",
     "scale",

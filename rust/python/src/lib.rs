@@ -7,6 +7,7 @@ mod compose;
 mod enter;
 mod expand;
 mod options;
+mod report;
 mod resize;
 mod source;
 mod weights;
@@ -307,6 +308,8 @@ fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
 #[pymodule(gil_used = false)]
 mod _lorafmt {
 
+    #[pymodule_export]
+    use super::report::report;
     #[pymodule_export]
     use super::weights::{extract, fuse, unfuse};
 

@@ -11,6 +11,7 @@ mod formats;
 mod fuse;
 mod inspect;
 mod normalize;
+mod report;
 mod resize;
 mod sample;
 mod scale;
@@ -57,6 +58,7 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Unfuse(args) => fuse::undo(args, &mut context),
         Command::Extract(args) => extract::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
+        Command::Report(args) => report::run(args, &mut context),
         Command::Sample(args) => sample::run(args, &mut context),
         Command::Formats(_) => formats::run(&mut context),
         Command::Completions(args) => shell::completions(args, &mut context),

@@ -13,6 +13,7 @@ mod fuse;
 mod inspect;
 mod progress;
 mod ranks;
+mod report;
 mod sample;
 mod text;
 mod weights;
@@ -38,6 +39,7 @@ pub(crate) use extract::ExtractedAdapter;
 pub(crate) use formats::{machine, matrix};
 pub(crate) use fuse::{Fused, Unfused};
 pub(crate) use progress::Progress;
+pub(crate) use report::Surveyed;
 pub(crate) use sample::Sampled;
 
 /// How much is shown, and for whom.

@@ -105,6 +105,9 @@ pub struct Weights {
     pub not_finite: Vec<String>,
     /// Module by module, in canonical order.
     pub modules: Vec<ModuleWeights>,
+    /// Sums over modules of the squares of the k-th singular values; as many as the highest rank, which may be many.
+    #[serde(skip)]
+    pub energies: Vec<f64>,
 }
 
 impl Weights {
@@ -160,6 +163,7 @@ pub fn weights(adapter: &Adapter) -> Result<Weights> {
         components: components.into_iter().map(component).collect(),
         blocks: blocks.into_iter().map(block).collect(),
         modules: rows,
+        energies: whole.energies,
     })
 }
 
