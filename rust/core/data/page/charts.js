@@ -69,7 +69,7 @@ function blockColumns(blocks) {
         out.push(drawn("rect", { x, y: y(block.norm), width: wide, height: Math.max(bottom - y(block.norm), 0.5), class: "column" }, told));
         x += slot;
       }
-      out.push(runLabel(run, start, x, bottom, runs.length));
+      out.push(runLabel(run, start, x, bottom));
       x += gap;
     }
     return out;
@@ -77,14 +77,13 @@ function blockColumns(blocks) {
 }
 
 /** What a run of columns is, as far as there is room. */
-function runLabel(run, start, end, bottom, runs) {
+function runLabel(run, start, end, bottom) {
   const room = Math.floor((end - start + 10) / 6.2);
   const fit = (words) => (words.length <= room ? words : room > 4 ? `${words.slice(0, room - 1)}…` : "");
   const numbers = run.blocks.map((b) => b.number).filter((n) => n !== null);
   const range = numbers.length > 1 ? `${numbers[0]}–${numbers.at(-1)}` : numbers.join("");
   const middle = (start + end) / 2;
-  const anchor = runs === 1 ? "middle" : "middle";
-  const words = [text(middle, bottom + 14, anchor, fit(run.stem)), text(middle, bottom + 28, anchor, fit(range))];
+  const words = [text(middle, bottom + 14, "middle", fit(run.stem)), text(middle, bottom + 28, "middle", fit(range))];
   return [rule(start, bottom + 0.5, end - 1, bottom + 0.5, "axis"), ...words];
 }
 

@@ -14,7 +14,7 @@ function fill(node, properties, children) {
     if (typeof value === "function") node.addEventListener(name, value);
     else node.setAttribute(name, value === true ? "" : visible(String(value)));
   }
-  const wanted = children.flat(2).filter((c) => c !== null && c !== undefined && c !== false);
+  const wanted = children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false);
   node.append(...wanted.map((c) => (c instanceof Node ? c : visible(String(c)))));
   return node;
 }
