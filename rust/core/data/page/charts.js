@@ -56,7 +56,7 @@ function blockColumns(blocks) {
   const top = Math.max(labels.at(-1), Number.MIN_VALUE);
   return responsive(190, `Norm of each of ${plural(blocks.length, "block")}; the numbers are in the table below`, (width, height) => {
     const [left, bottom, gap] = [44, height - 34, 14];
-    const slot = (width - left - 4 - gap * (runs.length - 1)) / blocks.length;
+    const slot = Math.min(64, (width - left - 4 - gap * (runs.length - 1)) / blocks.length);
     const y = (value) => bottom - (value / top) * (bottom - 10);
     const out = labels.map((v) => [rule(left, y(v), width, y(v)), text(left - 6, y(v) + 4, "end", digits(v))]);
     let x = left + 2;
@@ -116,7 +116,7 @@ function spectrumChart(values) {
     const y = (share) => 10 + (Math.min(-Math.log10(share), decades) / decades) * (f.bottom - 10);
     const step = decades > 4 ? 2 : 1;
     const grid = Array.from({ length: decades + 1 }, (_, d) => d).filter((d) => d % step === 0);
-    const lines = grid.map((d) => [rule(f.left, y(10 ** -d), width, y(10 ** -d)), text(f.left - 6, y(10 ** -d) + 4, "end", d ? `1e-${d}` : "1")]);
+    const lines = grid.map((d) => [rule(f.left, y(10 ** -d), width, y(10 ** -d)), text(f.left - 6, y(10 ** -d) + 4, "end", ["1", "0.1", "0.01"][d] ?? `1e-${d}`)]);
     const points = shares.map((s, i) => `${f.x(i + 1).toFixed(1)},${y(s).toFixed(1)}`);
     const dots = shares.length <= 40 ? shares.map((s, i) => drawn("circle", { cx: f.x(i + 1), cy: y(s), r: 2.5, class: "dot" })) : [];
     return [lines, f.below, drawn("polyline", { points: points.join(" "), class: "line" }), dots, f.columns];

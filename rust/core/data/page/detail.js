@@ -52,12 +52,13 @@ function blockPart(w) {
   const rows = w.blocks.map((b) => [b.component, b.block ?? "outside of blocks", b.modules, digits(b.norm), percent(b.share), digits(b.effective_rank)]);
   const table = plainTable("Blocks", ["Component", "Block", "Modules", "Norm", "Share", "Effective rank"], rows, [2, 3, 4, 5]);
   const numbers = el("details", {}, el("summary", {}, "Numbers"), el("div", { class: "scroll" }, table));
-  return part("Norm by block", w.norm > 0 ? blockColumns(w.blocks) : el("p", { class: "dim" }, "All of them are zero."), numbers);
+  return part("Norm by block", w.norm > 0 ? blockColumns(w.blocks) : el("p", { class: "dim" }, "There is nothing to draw: norms are zero, or not finite."), numbers);
 }
 
 function energyPart(w) {
   if (!w.kept.length) return null;
   const marks = Object.entries(w.rank_for_energy).sort((a, b) => a[0] - b[0]);
+  if (w.values.length < 2) return null;
   const told = marks.map(([share, rank]) => el("li", {}, el("b", {}, percent(Number(share))), ` rank ${rank}`));
   const best = w.smaller && [el("p", {}, "A resize to ", el("b", {}, w.smaller.rank), " keeps ", el("b", {}, percent(w.smaller.kept)), ` of the energy (relative error ${digits(Math.sqrt(Math.max(0, 1 - w.smaller.kept)))}).`), command(w.smaller.command)];
   const spectrum = el("figure", {}, el("figcaption", {}, "Singular values, all modules together"), spectrumChart(w.values));
@@ -88,15 +89,15 @@ function loaderPart(loaders) {
   if (!loaders.length) return null;
   const answer = (a) => (a.loads === "yes" ? "good" : a.loads === "not known" ? "dim" : "unsure");
   const rows = loaders.map((a) => [a.programs.join(", "), el("div", {}, el("p", { class: answer(a) }, a.loads), a.command && command(a.command))]);
-  return part("Who loads it", el("div", { class: "scroll" }, plainTable("Programs that load it", ["Program", "Loads it"], rows)));
+  return part("Who loads it", el("div", { class: "scroll programs" }, plainTable("Programs that load it", ["Program", "Loads it"], rows)));
 }
 
 function metadataPart(a) {
   const known = Object.entries(a.metadata);
-  if (!a.metadata_entries) return null;
+  if (!known.length) return null;
   const rest = a.metadata_entries - known.length;
   const entries = known.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)));
-  return part("Metadata", el("dl", { class: "facts wide" }, entries), rest > 0 && el("p", { class: "dim" }, `${known.length ? "and " : ""}${plural(rest, "entry", "entries")}${known.length ? " more" : ""}`));
+  return part("Metadata", el("dl", { class: "facts wide" }, entries), rest > 0 && el("p", { class: "dim" }, `and ${plural(rest, "entry", "entries")} more`));
 }
 
 /** All there is to say about file `i`. */

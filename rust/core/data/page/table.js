@@ -43,8 +43,8 @@ function stateCell(f) {
     warnings: () => ["unsure", plural(count("warning"), "warning")],
     sound: () => null,
   }[f.state]();
-  const tag = f.copy ? "copy" : f.alike ? "alike" : null;
-  return [words && el("span", { class: `tag ${words[0]}` }, words[1]), tag && el("span", { class: "tag" }, tag)];
+  const tags = [f.copy && "copy", f.alike && "alike"].filter(Boolean);
+  return [words && el("span", { class: `tag ${words[0]}` }, words[1]), tags.map((tag) => el("span", { class: "tag" }, tag))];
 }
 
 /** What the table needs to know of each file, worked out once. */

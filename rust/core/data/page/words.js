@@ -63,7 +63,8 @@ function button(text, pressed, properties = {}) {
 
 /** A command with a button that copies it. */
 function command(text) {
-  const code = el("code", {}, text);
+  // Lines break between words, and within one only if it is longer than a line.
+  const code = el("code", {}, text.split(" ").map((word, i) => [i ? " " : null, el("span", {}, word)]));
   const copied = button("Copy", () => copy(text, code, copied), { class: "quiet copy", "aria-label": `Copy: ${text}` });
   return el("div", { class: "command" }, code, copied);
 }

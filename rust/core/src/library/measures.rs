@@ -9,7 +9,7 @@ use crate::adapter::Adapter;
 use crate::error::Result;
 use crate::inspect::quoted;
 use crate::kind::Kind;
-use crate::ops::{GroupWeights, ModuleWeights, Weights, weights};
+use crate::ops::{GroupWeights, ModuleWeights, Weights, median, weights};
 
 /// Singular values that are noted. The energy is counted over all.
 const VALUES: usize = 128;
@@ -43,7 +43,8 @@ pub struct Measures {
     pub rank_for_energy: BTreeMap<&'static str, usize>,
     /// A much lower rank that keeps nearly all.
     pub smaller: Option<Smaller>,
-    /// Block by block, in the order of the model; what is outside of blocks comes last.
+    /// Block by block, in the order of the model; what is outside of blocks comes last. Where the model's table knows no
+    /// blocks, paths with one number are one.
     pub blocks: Vec<BlockMeasure>,
     /// The modules that weigh most.
     pub largest: Vec<ModuleMeasure>,
@@ -118,7 +119,7 @@ impl Measures {
             kept: kept(&weights.energies),
             rank_for_energy: total.rank_for_energy.clone(),
             smaller: smaller(&weights, path),
-            blocks: weights.blocks.iter().map(block).collect(),
+            blocks: blocks(&weights),
             largest: largest(&weights.modules),
             dead: names(&weights.dead),
             not_finite: names(&weights.not_finite),
@@ -150,6 +151,55 @@ fn smaller(weights: &Weights, path: &str) -> Option<Smaller> {
     Some(Smaller { rank, kept: share(kept), command })
 }
 
+/// The blocks that the model's table knows, and of each component then those that paths alone tell.
+fn blocks(weights: &Weights) -> Vec<BlockMeasure> {
+    let mut out = Vec::new();
+    for group in &weights.blocks {
+        match group.block {
+            Some(_) => out.push(block(group)),
+            None => out.extend(numbered(weights, &group.component)),
+        }
+    }
+    out
+}
+
+/// The modules of a component outside of known blocks, by their paths up to the first number.
+fn numbered(weights: &Weights, component: &str) -> Vec<BlockMeasure> {
+    let mut groups: BTreeMap<Option<(&str, u32)>, Vec<&ModuleWeights>> = BTreeMap::new();
+    for module in weights.modules.iter().filter(|m| m.component == component && m.block.is_none()) {
+        let path = module.module.strip_prefix(component).map_or("", |p| p.trim_start_matches('.'));
+        groups.entry(stem(path)).or_default().push(module);
+    }
+    // What has no number comes last.
+    let last = groups.remove(&None);
+    let named = groups.into_iter().map(|(key, modules)| (key.map(|(stem, n)| format!("{stem}{n}")), modules));
+    named.chain(last.map(|modules| (None, modules))).map(|(name, modules)| together(component, name, &modules)).collect()
+}
+
+/// The path before its first number, and the number.
+fn stem(path: &str) -> Option<(&str, u32)> {
+    let mut start = 0;
+    for part in path.split('.') {
+        if let Ok(number) = part.parse() {
+            return Some((&path[..start], number));
+        }
+        start += part.len() + 1;
+    }
+    None
+}
+
+fn together(component: &str, block: Option<String>, modules: &[&ModuleWeights]) -> BlockMeasure {
+    let effective = modules.iter().filter_map(|m| m.spectrum.as_ref()).map(|s| s.effective_rank);
+    BlockMeasure {
+        component: component.to_owned(),
+        block,
+        modules: modules.len(),
+        norm: short(modules.iter().filter_map(|m| m.norm).map(|n| n * n).sum::<f64>().sqrt()),
+        share: short(modules.iter().filter_map(|m| m.share).sum()),
+        effective_rank: median(effective).map(short),
+    }
+}
+
 fn block(group: &GroupWeights) -> BlockMeasure {
     BlockMeasure {
         component: group.component.clone(),
@@ -176,4 +226,25 @@ fn largest(modules: &[ModuleWeights]) -> Vec<ModuleMeasure> {
 
 fn names(all: &[String]) -> Names {
     Names { count: all.len(), first: all.iter().take(NAMES).cloned().collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_of_paths() {
+        assert_eq!(stem("up_blocks.1.attentions.0.proj_in"), Some(("up_blocks.", 1)));
+        assert_eq!(stem("mid_block.resnets.0.conv1"), Some(("mid_block.resnets.", 0)));
+        assert_eq!((stem("conv_in"), stem("")), (None, None));
+    }
+
+    #[test]
+    fn what_ranks_keep() {
+        assert_eq!(kept(&[6.0, 3.0, 1.0]), [0.6, 0.9, 1.0]);
+        assert_eq!(kept(&[0.0, 0.0]), [0.0; 0]);
+        // Nearly all is not all.
+        assert_eq!(kept(&[1.0, 1e-9]), [0.99999, 1.0]);
+        assert_eq!(kept(&vec![1.0; 1000]).len(), VALUES);
+    }
 }

@@ -183,5 +183,6 @@ fn short(value: f64) -> f64 {
 
 /// A share with five digits behind the point that is 1 only if it is all.
 fn share(value: f64) -> f64 {
-    (value * 1e5).floor() / 1e5
+    // What the multiplication adds behind its last digit is none.
+    (value * 1e5 + 1e-9).floor() / 1e5
 }

@@ -13,7 +13,8 @@ use serde::Serialize;
 
 use self::measure::{Measured, measure};
 pub use self::values::Spectrum;
-use self::values::{energy_by_rank, median, rank_for_energy};
+pub(crate) use self::values::median;
+use self::values::{energy_by_rank, rank_for_energy};
 use super::delta::shape;
 use super::place::Place;
 use crate::adapter::Adapter;
