@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._checkpoints import FuseReport, UnfuseReport, extract, fuse, unfuse
     from ._expand import expand
     from ._lorafmt import __version__
+    from ._report import LibraryReport, report
     from ._resize import normalize, resize
     from .adapter import Adapter, Module
     from .api import (
@@ -56,6 +57,7 @@ _HOME = {
     "FormatError": "exceptions",
     "FuseReport": "_checkpoints",
     "InputNotFoundError": "exceptions",
+    "LibraryReport": "_report",
     "LorafmtError": "exceptions",
     "Module": "adapter",
     "OutputExistsError": "exceptions",
@@ -79,6 +81,7 @@ _HOME = {
     "normalize": "_resize",
     "open": "api",
     "register_table": "api",
+    "report": "_report",
     "resize": "_resize",
     "scale": "api",
     "split": "api",
@@ -97,6 +100,7 @@ __all__ = [
     "FormatError",
     "FuseReport",
     "InputNotFoundError",
+    "LibraryReport",
     "LorafmtError",
     "Module",
     "OutputExistsError",
@@ -123,6 +127,7 @@ __all__ = [
     "normalize",
     "open",
     "register_table",
+    "report",
     "resize",
     "runtime",
     "scale",

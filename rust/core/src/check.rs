@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 use serde::Serialize;
 
+use crate::adapter::Adapter;
 use crate::decode::decode_lenient;
 use crate::detect::Given;
 use crate::dtype::{Dtype, read_f64};
@@ -38,23 +39,8 @@ pub struct CheckReport {
 /// Checks a file. Reads every tensor once. A file that cannot be opened is an error, one that is wrong is an answer.
 pub fn check(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> Result<CheckReport> {
     let (adapter, mut problems) = decode_lenient(registry, source, given)?;
-    for (count, &index) in adapter.unknown.iter().enumerate() {
-        let name = &source.tensors()[index].name;
-        // Comparing with every known name takes a while, and nobody reads thousands of suggestions.
-        let nearest = if count < SUGGESTIONS { adapter.nearest(name) } else { None };
-        let nearest = nearest.map_or_else(String::new, |n| format!("; the nearest known key is `{n}`"));
-        problems.push(Error::new(Code::UnknownKey, format!("`{name}` is unknown{nearest}")).key(name));
-    }
-    let bad: Vec<Error> = (0..source.tensors().len())
-        .into_par_iter()
-        .filter_map(|index| {
-            let info = &source.tensors()[index];
-            let count = count_not_finite(info.dtype, source.bytes(index));
-            let message = format!("`{}` holds {count} values that are NaN or infinite", info.name);
-            (count > 0).then(|| Error::new(Code::NotFinite, message).key(&info.name))
-        })
-        .collect();
-    problems.extend(bad);
+    problems.extend(unknown_keys(&adapter, SUGGESTIONS));
+    problems.extend(not_finite(source));
     Ok(CheckReport {
         schema: 1,
         path: source.path().to_string_lossy().into_owned(),
@@ -64,6 +50,29 @@ pub fn check(registry: &Arc<Registry>, source: &Arc<Source>, given: &Given) -> R
         problems: problems.into_iter().map(|e| e.at(source.path()).to_json()).collect(),
         warnings: adapter.warnings,
     })
+}
+
+/// An error for each key that no table knows, the first `suggestions` with the nearest one that is known: comparing with
+/// every known name takes a while, and nobody reads thousands of suggestions.
+pub(crate) fn unknown_keys(adapter: &Adapter, suggestions: usize) -> impl Iterator<Item = Error> + '_ {
+    adapter.unknown.iter().enumerate().map(move |(count, &index)| {
+        let name = &adapter.source.tensors()[index].name;
+        let nearest = if count < suggestions { adapter.nearest(name) } else { None };
+        let nearest = nearest.map_or_else(String::new, |n| format!("; the nearest known key is `{n}`"));
+        Error::new(Code::UnknownKey, format!("`{name}` is unknown{nearest}")).key(name)
+    })
+}
+
+/// An error for each tensor that holds values which are no numbers. Reads every tensor.
+pub(crate) fn not_finite(source: &Source) -> Vec<Error> {
+    let tensors = (0..source.tensors().len()).into_par_iter();
+    let bad = tensors.filter_map(|index| {
+        let info = &source.tensors()[index];
+        let count = count_not_finite(info.dtype, source.bytes(index));
+        let message = format!("`{}` holds {count} values that are NaN or infinite", info.name);
+        (count > 0).then(|| Error::new(Code::NotFinite, message).key(&info.name))
+    });
+    bad.collect()
 }
 
 /// How many elements are NaN or infinite. The common types are tested by their exponent bits.

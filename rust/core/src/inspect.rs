@@ -1,11 +1,13 @@
 //! What a file is, from its header and its small tensors alone.
 
+mod fix;
 mod loaders;
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+pub use fix::quoted;
 pub use loaders::Loader;
 
 use crate::adapter::Adapter;
@@ -16,6 +18,20 @@ use crate::native::NativeInfo;
 use crate::native::manifest::{Entry, Manifest};
 use crate::ops::{Weights, weights};
 use crate::report::{AlphaCount, Warning};
+
+/// Metadata that says most about a file, most telling first.
+pub const TELLING: [&str; 10] = [
+    "modelspec.title",
+    "ss_output_name",
+    "ss_base_model_version",
+    "modelspec.architecture",
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "lora_alpha",
+    "software",
+    "base_model",
+];
 
 /// How a part of the keys is spelled.
 #[derive(Debug, Clone, Serialize, PartialEq, Eq)]

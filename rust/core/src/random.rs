@@ -36,6 +36,12 @@ impl Counter {
         radius * (std::f64::consts::TAU * fraction(c, d)).cos()
     }
 
+    /// Number `index`, 64 random bits.
+    pub fn bits(&self, index: u64) -> u64 {
+        let [a, b, ..] = self.block(index);
+        u64::from(b) << 32 | u64::from(a)
+    }
+
     fn block(&self, index: u64) -> [u32; 4] {
         let [low, high] = halves(index);
         philox([low, high, self.stream[0], self.stream[1]], self.key)

@@ -8,6 +8,7 @@ mod compose;
 mod enter;
 mod expand;
 mod options;
+mod report;
 mod resize;
 mod source;
 mod weights;
@@ -321,6 +322,9 @@ mod _lorafmt {
 
     #[pymodule_export]
     use super::batch::{batch, batch_plan};
+
+    #[pymodule_export]
+    use super::report::report;
 
     #[pymodule_export]
     use super::weights::{extract, fuse, unfuse};

@@ -17,6 +17,7 @@ mod merge;
 mod native;
 mod normalize;
 mod rank;
+mod report;
 mod resize;
 mod sample;
 mod scale;
@@ -47,6 +48,7 @@ pub(crate) use merge::MergeArgs;
 pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
 pub(crate) use normalize::NormalizeArgs;
 pub(crate) use rank::RankArgs;
+pub(crate) use report::ReportArgs;
 pub(crate) use resize::{ResizeArgs, ResizeMethod};
 pub(crate) use sample::SampleArgs;
 pub(crate) use scale::ScaleArgs;
@@ -115,6 +117,7 @@ pub(crate) enum Command {
     Unfuse(UnfuseArgs),
     Extract(ExtractArgs),
     Diff(DiffArgs),
+    Report(ReportArgs),
     Sample(SampleArgs),
     Formats(FormatsArgs),
     #[command(hide = true)]

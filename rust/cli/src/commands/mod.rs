@@ -13,6 +13,7 @@ mod fuse;
 mod inspect;
 mod normalize;
 mod ray;
+mod report;
 mod resize;
 mod sample;
 mod scale;
@@ -60,6 +61,7 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Unfuse(args) => fuse::undo(args, &mut context),
         Command::Extract(args) => extract::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
+        Command::Report(args) => report::run(args, &mut context),
         Command::Sample(args) => sample::run(args, &mut context),
         Command::Formats(_) => formats::run(&mut context),
         Command::Completions(args) => shell::completions(args, &mut context),

@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 
-use lorafmt_core::inspect::{Inspection, Loader, Native};
+use lorafmt_core::inspect::{Inspection, Loader, Native, TELLING};
 use lorafmt_core::report::Warning;
 use lorafmt_core::strength::Strength;
 use serde_json::Value;
 
 use super::text::{
-    BOLD, DIM, GREEN, RED, YELLOW, by_place, bytes, clean, clean_lines, number, paint, percent, plural, quoted,
-    shortened,
+    BOLD, DIM, GREEN, RED, YELLOW, by_place, bytes, clean, clean_lines, number, paint, percent, plural, shortened,
 };
 use super::weights::table;
 use super::{Answer, View};
@@ -19,20 +18,6 @@ use super::{Answer, View};
 pub(super) const SHOWN: usize = 5;
 /// Characters of a metadata value that are shown without `--meta`.
 const VALUE: usize = 48;
-/// Metadata that says most about a file, most telling first.
-const TELLING: [&str; 10] = [
-    "modelspec.title",
-    "ss_output_name",
-    "ss_base_model_version",
-    "modelspec.architecture",
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "lora_alpha",
-    "software",
-    "base_model",
-];
-
 impl Answer for Inspection {
     fn json(&self) -> Value {
         serde_json::to_value(self).unwrap_or_default()
@@ -187,26 +172,13 @@ fn loads_in(file: &Inspection, out: &mut String) {
             _ => YELLOW,
         };
         lines.push(format!("{:width$}  {}", clean(&loader.name), paint(style, clean(&loader.loads))));
-        lines.extend(fix(file, loader).map(|command| format!("{:width$}  {} {command}", "", paint(DIM, "fix:"))));
+        lines.extend(file.fix(loader).map(|c| format!("{:width$}  {} {}", "", paint(DIM, "fix:"), clean(&c))));
     }
     if !unknown.is_empty() {
         let names: Vec<_> = unknown.iter().map(|l| clean(&l.name)).collect();
         lines.push(paint(DIM, format!("not known of {}", names.join(", "))));
     }
     list(out, "loads in", &lines, true);
-}
-
-/// The command that makes a file which the program loads.
-fn fix(file: &Inspection, loader: &Loader) -> Option<String> {
-    let dialect = loader.convert_to.as_ref()?;
-    let command = if loader.expand { "expand" } else { "convert" };
-    let options = [
-        (loader.needs_base, " --base BASE"),
-        (loader.needs_weights, " --base-weights MODEL --rank RANK"),
-        (!file.unknown.is_empty(), " --unknown drop"),
-    ];
-    let options: String = options.into_iter().filter_map(|(wanted, option)| wanted.then_some(option)).collect();
-    Some(format!("lorafmt {command} {} --to {dialect}{options}", quoted(&clean(&file.path))))
 }
 
 fn metadata(file: &Inspection, out: &mut String, view: &View) {

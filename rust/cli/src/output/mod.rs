@@ -14,6 +14,7 @@ mod fuse;
 mod inspect;
 mod progress;
 mod ranks;
+mod report;
 mod sample;
 mod text;
 mod weights;
@@ -40,6 +41,7 @@ pub(crate) use extract::ExtractedAdapter;
 pub(crate) use formats::{machine, matrix};
 pub(crate) use fuse::{Fused, Unfused};
 pub(crate) use progress::Progress;
+pub(crate) use report::Surveyed;
 pub(crate) use sample::Sampled;
 
 /// How much is shown, and for whom.

@@ -40,16 +40,6 @@ pub(super) fn path(path: &Path) -> String {
     clean(&path.to_string_lossy()).into_owned()
 }
 
-/// A path as a word of a shell command.
-pub(super) fn quoted(path: &str) -> String {
-    let plain = |c: char| c.is_alphanumeric() || "-_./:@%+=,\\".contains(c);
-    if !path.is_empty() && path.chars().all(plain) {
-        path.to_owned()
-    } else {
-        format!("'{}'", path.replace('\'', r"'\''"))
-    }
-}
-
 /// Not more than `width` characters.
 pub(super) fn shortened(text: &str, width: usize) -> String {
     match text.char_indices().nth(width) {
@@ -142,7 +132,6 @@ mod tests {
         assert_eq!((percent(1.0), percent(0.9999), percent(0.5)), ("100%".into(), "99.9%".into(), "50%".into()));
         let numbers = [0.0, 1.0, 0.012_345, 12_345.6, 123_456.0, 1e-9, 9.9999].map(digits);
         assert_eq!(numbers, ["0", "1.000", "0.01235", "12346", "1.23e5", "1.00e-9", "10.000"]);
-        assert_eq!(quoted("a b's"), r"'a b'\''s'");
         assert_eq!((shortened("abcdef", 4), shortened("abcd", 4)), ("abc…".into(), "abcd".into()));
     }
 }

@@ -1,6 +1,6 @@
 use crate::common::{Place, command, ran};
 
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "inspect",
     "detect",
     "check",
@@ -14,6 +14,7 @@ const COMMANDS: [&str; 17] = [
     "extract",
     "scale",
     "diff",
+    "report",
     "sample",
     "formats",
     "completions",
@@ -63,7 +64,7 @@ fn examples_are_understood() {
 #[test]
 fn what_comes_later_is_not_advertised() {
     let help = Place::new().ok(&["--help"]).out;
-    for later in ["batch", "report", "quantize", "hf://", "s3://"] {
+    for later in ["batch", "quantize", "hf://", "s3://"] {
         assert!(!help.lines().any(|l| l.split_whitespace().any(|word| word == later)), "{later}");
     }
 }

@@ -15,6 +15,7 @@ mod json;
 mod merge;
 mod native;
 mod recipes;
+mod report;
 mod scale;
 #[cfg(unix)]
 mod signals;

@@ -12,10 +12,13 @@ mod normalize;
 mod place;
 pub mod resize;
 mod rotation;
+mod sketch;
 mod spectrum;
 
 pub use based::Based;
 pub use delta::{delta_rows, shape};
 pub use diff::{DiffReport, GroupDiff, ModuleDiff, diff};
 pub use normalize::KeySet;
+pub use sketch::{DeltaSketch, PROBES, Similarity, delta_sketch};
+pub(crate) use spectrum::median;
 pub use spectrum::{GroupWeights, ModuleWeights, Spectrum, Status, Weights, weights};

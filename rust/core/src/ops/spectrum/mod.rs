@@ -13,7 +13,8 @@ use serde::Serialize;
 
 use self::measure::{Measured, measure};
 pub use self::values::Spectrum;
-use self::values::{energy_by_rank, median, rank_for_energy};
+pub(crate) use self::values::median;
+use self::values::{energy_by_rank, rank_for_energy};
 use super::delta::shape;
 use super::place::Place;
 use crate::adapter::Adapter;
@@ -105,6 +106,9 @@ pub struct Weights {
     pub not_finite: Vec<String>,
     /// Module by module, in canonical order.
     pub modules: Vec<ModuleWeights>,
+    /// Sums over modules of the squares of the k-th singular values; as many as the highest rank, which may be many.
+    #[serde(skip)]
+    pub energies: Vec<f64>,
 }
 
 impl Weights {
@@ -160,6 +164,7 @@ pub fn weights(adapter: &Adapter) -> Result<Weights> {
         components: components.into_iter().map(component).collect(),
         blocks: blocks.into_iter().map(block).collect(),
         modules: rows,
+        energies: whole.energies,
     })
 }
 

@@ -74,7 +74,7 @@ pub(super) fn rank_for_energy(energies: &[f64]) -> BTreeMap<&'static str, usize>
 }
 
 /// The middle one, or the mean of the two in the middle.
-pub(super) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut sorted: Vec<f64> = values.collect();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
