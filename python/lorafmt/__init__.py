@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     )
     from .base import Base
     from .exceptions import (
+        AccessError,
         FileError,
         FormatError,
         InputNotFoundError,
         LorafmtError,
+        MissingPackageError,
+        NetworkError,
         OutputExistsError,
         UnsupportedError,
         UsageError,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 #: Public name -> the module that has it.
 _HOME = {
     "__version__": "_lorafmt",
+    "AccessError": "exceptions",
     "Adapter": "adapter",
     "AdapterInfo": "reports",
     "Base": "base",
@@ -55,7 +59,9 @@ _HOME = {
     "FuseReport": "_checkpoints",
     "InputNotFoundError": "exceptions",
     "LorafmtError": "exceptions",
+    "MissingPackageError": "exceptions",
     "Module": "adapter",
+    "NetworkError": "exceptions",
     "OutputExistsError": "exceptions",
     "Report": "reports",
     "UnfuseReport": "_checkpoints",
@@ -83,6 +89,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AccessError",
     "Adapter",
     "AdapterInfo",
     "Base",
@@ -94,7 +101,9 @@ __all__ = [
     "FuseReport",
     "InputNotFoundError",
     "LorafmtError",
+    "MissingPackageError",
     "Module",
+    "NetworkError",
     "OutputExistsError",
     "Report",
     "UnfuseReport",

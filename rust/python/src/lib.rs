@@ -308,6 +308,9 @@ fn run(py: Python<'_>, args: Vec<std::ffi::OsString>) -> u8 {
 mod _lorafmt {
 
     #[pymodule_export]
+    use super::source::address;
+
+    #[pymodule_export]
     use super::weights::{extract, fuse, unfuse};
 
     #[pymodule_export]

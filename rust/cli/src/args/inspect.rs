@@ -9,6 +9,7 @@ Examples:
   lorafmt inspect style.safetensors
   lorafmt inspect style.safetensors --meta
   lorafmt inspect style.safetensors --weights
+  lorafmt inspect hf://user/repo/style.safetensors
   lorafmt inspect -r loras --json | jq '.[].family'";
 
 /// Tell what a file is, and who can load it

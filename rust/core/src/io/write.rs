@@ -46,13 +46,13 @@ impl Control {
         Ok(())
     }
 
-    /// More bytes to write are known.
-    pub(crate) fn expect(&self, bytes: usize) {
+    /// More bytes to move are known.
+    pub fn expect(&self, bytes: usize) {
         self.total.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Some bytes are written.
-    pub(crate) fn advance(&self, bytes: usize) {
+    /// Some bytes are moved.
+    pub fn advance(&self, bytes: usize) {
         self.done.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 }
