@@ -56,6 +56,8 @@ def fetch(repo: str, revision: str | None, path: str, options: dict[str, Any]) -
     """
     try:
         import huggingface_hub as hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
     except ImportError as error:
         raise missing_package("huggingface_hub", "reads files of a hub") from error
 

@@ -230,7 +230,7 @@ def test_a_repository_is_its_adapter_or_all_of_them(hub: LocalHub, place: Place,
 
 
 def test_looking_reads_headers_and_alphas_only(hub: LocalHub, place: Place) -> None:
-    place.run("sample", "--family", "flux1", "--dialect", "kohya", "--rank", "8", "-o", "big.safetensors")
+    place.run("sample", "--family", "flux1", "--dialect", "kohya", "--rank", "4", "-o", "big.safetensors")
     big = (place.folder / "big.safetensors").read_bytes()
     hub.repos["user/repo"].commit({"big.safetensors": big})
     for command in ("detect", "inspect"):
@@ -248,9 +248,12 @@ def test_looking_reads_headers_and_alphas_only(hub: LocalHub, place: Place) -> N
     again = place.document("inspect", "hf://user/repo/big.safetensors")
     again.pop("path")
     assert again == far and not hub.faults
-    near = place.document("inspect", "--weights", "big.safetensors")
-    far = place.document("inspect", "--weights", "hf://user/repo/big.safetensors")
-    assert near["weights"] == far["weights"]
+
+
+def test_measuring_reads_all(hub: LocalHub, place: Place, content: bytes) -> None:
+    (place.folder / "near.safetensors").write_bytes(content)
+    near, far = (place.document("inspect", "--weights", name)["weights"] for name in ("near.safetensors", ADDRESS))
+    assert near == far
     assert len(blobs(place)) == 1
 
 
@@ -292,7 +295,7 @@ def test_the_configuration_beside_a_file_counts(hub: LocalHub, place: Place) -> 
         assert near.get(key) == far.get(key)
     place.run("convert", "hf://user/peft", "--to", "bfl", "--family", "flux1")
     place.run("convert", "peft", "--to", "bfl", "--family", "flux1", "-o", "near.safetensors")
-    made = place.folder / "adapter_model.bfl.safetensors"
+    made = place.folder / "peft.bfl.safetensors"
     assert made.read_bytes() == (place.folder / "near.safetensors").read_bytes()
 
 
@@ -355,8 +358,8 @@ FILE = "sub/style.safetensors"
 with lorafmt.open("hf://user/repo/" + FILE) as a:
     out["family"], out["modules"] = a.family, len(a)
 out["weight_name"] = lorafmt.inspect("user/repo", weight_name="style.safetensors", subfolder="sub").path
-out["short"] = lorafmt.detect("user/repo/" + FILE, revision="main").path
-out["one"] = lorafmt.convert("user/repo", "out.safetensors", to="kohya", token=False, revision="main").source.path
+out["short"] = lorafmt.detect("user/repo/" + FILE, revision="main")["path"]
+out["one"] = lorafmt.convert("user/repo", "out.safetensors", to="kohya", token=False, revision="main").source_path
 code("repo", "user/nothing/" + FILE)
 code("revision", "user/repo/" + FILE, revision="v9")
 code("file", "user/repo", weight_name="other.safetensors")

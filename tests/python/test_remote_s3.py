@@ -77,7 +77,7 @@ def test_a_prefix_is_a_folder(place: Place, content: bytes) -> None:
 
 
 def test_looking_reads_little(place: Place, client: Any) -> None:
-    place.run("sample", "--family", "flux1", "--dialect", "kohya", "--rank", "8", "-o", "big.safetensors")
+    place.run("sample", "--family", "flux1", "--dialect", "kohya", "--rank", "4", "-o", "big.safetensors")
     client.upload_file(str(place.folder / "big.safetensors"), "bucket", "big.safetensors")
     near = place.document("inspect", "big.safetensors")
     # Whatever is fetched as a whole needs a temporary file, and there is no room for one.
@@ -86,14 +86,18 @@ def test_looking_reads_little(place: Place, client: Any) -> None:
     assert near == far
 
 
-def test_profiles_and_anonymous_requests(place: Place, content: bytes, endpoint: str) -> None:
+def test_profiles_and_anonymous_requests(place: Place, content: bytes, endpoint: str, client: Any) -> None:
     folder = place.folder / ".aws"
     folder.mkdir()
     (folder / "credentials").write_text("[work]\naws_access_key_id = key\naws_secret_access_key = secret\n")
     (folder / "config").write_text(f"[profile work]\nendpoint_url = {endpoint}\nregion = us-east-1\n")
     nothing = dict.fromkeys([*KEYS, "AWS_ENDPOINT_URL"], "")
     assert place.document("detect", ADDRESS, **{**nothing, "AWS_PROFILE": "work"})["family"] == "flux1"
-    assert place.document("detect", ADDRESS, **{**nothing, "AWS_ENDPOINT_URL": endpoint})["family"] == "flux1"
+    nobody = {**nothing, "AWS_ENDPOINT_URL": endpoint}
+    error = place.error("detect", ADDRESS, **nobody)
+    assert (error["code"], "AWS_PROFILE" in error["hint"]) == ("unauthorized", True)
+    client.put_object(Bucket="bucket", Key="public.safetensors", Body=content, ACL="public-read")
+    assert place.document("detect", "s3://bucket/public.safetensors", **nobody)["family"] == "flux1"
     error = place.error("detect", ADDRESS, **{**nothing, "AWS_PROFILE": "other"})
     assert (error["code"], "AWS_PROFILE" in error["hint"]) == ("unauthorized", True)
     error = place.error("detect", ADDRESS, AWS_SECRET_ACCESS_KEY="")

@@ -109,7 +109,7 @@ impl Remote {
         let fetched = match Address::parse(url)? {
             Address::Hub(at) => {
                 let hub = self.hub()?;
-                self.block(control, async { hub.fetch(&hub.one_file(&at).await?, control).await })
+                self.block(control, hub.fetch_one(&at, control))
             }
             Address::S3(at) => self.block(control, self.buckets().fetch(&at, control)),
         };
@@ -144,7 +144,15 @@ impl Remote {
     /// A small text file; `None` if there is none.
     fn text(&self, at: &Address) -> Result<Option<String>> {
         let url = at.to_string();
-        let local = match self.fetch_watched(&url, &Control::default()) {
+        let control = Control::default();
+        let fetched = match at {
+            // The name is known: nothing has to be found out about it.
+            Address::Hub(at) => {
+                self.block(&control, self.hub()?.fetch(at, &control)).map_err(|e| e.at(Path::new(&url)))
+            }
+            Address::S3(_) => self.fetch_watched(&url, &control),
+        };
+        let local = match fetched {
             Ok(local) => local,
             Err(e) if e.code() == Code::NotFound => return Ok(None),
             Err(e) => return Err(e),

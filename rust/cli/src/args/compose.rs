@@ -20,7 +20,9 @@ Examples:
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct ComposeArgs {
-    /// Adapters or addresses with their strengths; `-` reads stdin
+    /// Adapters with their strengths; `-` reads stdin
+    ///
+    /// Files, PEFT folders, or addresses (hf://, s3://).
     #[arg(required_unless_present = "recipe", value_name = "SRC[:STRENGTH]", value_hint = clap::ValueHint::FilePath)]
     pub(crate) sources: Vec<OsString>,
     /// Write to this file, or for peft a folder; `-` is stdout

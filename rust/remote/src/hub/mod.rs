@@ -171,12 +171,19 @@ impl Hub {
 
     /// A file, from the cache or into it.
     pub(crate) async fn fetch(&self, at: &HubAddress, control: &Control) -> Result<Local> {
-        let pinned = match self.locate(at).await {
-            Ok(Place::Cached(path)) => return Ok(Local::Kept(path)),
-            Ok(Place::There(pinned)) => pinned,
-            Err(error) => return Err(self.with_names(error, at).await),
-        };
-        self.take(&pinned, control).await.map(Local::Kept)
+        match self.locate(at).await? {
+            Place::Cached(path) => Ok(Local::Kept(path)),
+            Place::There(pinned) => self.take(&pinned, control).await.map(Local::Kept),
+        }
+    }
+
+    /// The same for the file or the one adapter that an address stands for.
+    pub(crate) async fn fetch_one(&self, at: &HubAddress, control: &Control) -> Result<Local> {
+        let at = self.one_file(at).await?;
+        match self.fetch(&at, control).await {
+            Err(error) => Err(self.with_names(error, &at).await),
+            fetched => fetched,
+        }
     }
 
     /// Fetches a file into the cache, unless it is there.

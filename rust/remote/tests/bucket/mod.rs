@@ -1,7 +1,7 @@
 //! A store that speaks as much of S3 as is needed here, one bucket in memory, and fails on demand.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -9,23 +9,23 @@ use md5::{Digest, Md5};
 
 /// What is stored, and what was asked.
 #[derive(Default)]
-pub struct State {
-    pub objects: BTreeMap<String, Vec<u8>>,
+pub(crate) struct State {
+    pub(crate) objects: BTreeMap<String, Vec<u8>>,
     /// Parts of uploads that are neither complete nor aborted.
-    pub uploads: BTreeMap<String, BTreeMap<u32, Vec<u8>>>,
+    pub(crate) uploads: BTreeMap<String, BTreeMap<u32, Vec<u8>>>,
     /// `GET /bucket/key`, in order.
-    pub asked: Vec<String>,
+    pub(crate) asked: Vec<String>,
     /// Bytes of bodies that were sent.
-    pub sent: usize,
+    pub(crate) sent: usize,
     /// How often requests whose line contains the text fail, and how.
-    pub faults: Vec<(&'static str, usize, Fault)>,
+    pub(crate) faults: Vec<(&'static str, usize, Fault)>,
     /// ETags that are no MD5, as those of encrypted objects.
-    pub encrypted: bool,
+    pub(crate) encrypted: bool,
 }
 
 /// What goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     Status(u16),
     /// Half of the body, then the end.
     CutOff,
@@ -35,9 +35,9 @@ pub enum Fault {
     Hang,
 }
 
-pub struct Bucket {
+pub(crate) struct Bucket {
     state: Arc<Mutex<State>>,
-    pub url: String,
+    pub(crate) url: String,
 }
 
 struct Request {
@@ -49,7 +49,7 @@ struct Request {
 }
 
 impl Bucket {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("bound"));
         let state: Arc<Mutex<State>> = Arc::default();
@@ -63,7 +63,7 @@ impl Bucket {
         Self { state, url }
     }
 
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nobody panics with it")
     }
 }
