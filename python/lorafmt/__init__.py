@@ -32,10 +32,13 @@ if TYPE_CHECKING:
     )
     from .base import Base
     from .exceptions import (
+        AccessError,
         FileError,
         FormatError,
         InputNotFoundError,
         LorafmtError,
+        MissingPackageError,
+        NetworkError,
         OutputExistsError,
         UnsupportedError,
         UsageError,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 #: Public name -> the module that has it.
 _HOME = {
     "__version__": "_lorafmt",
+    "AccessError": "exceptions",
     "Adapter": "adapter",
     "AdapterInfo": "reports",
     "Base": "base",
@@ -59,7 +63,9 @@ _HOME = {
     "InputNotFoundError": "exceptions",
     "LibraryReport": "_report",
     "LorafmtError": "exceptions",
+    "MissingPackageError": "exceptions",
     "Module": "adapter",
+    "NetworkError": "exceptions",
     "OutputExistsError": "exceptions",
     "Report": "reports",
     "UnfuseReport": "_checkpoints",
@@ -89,6 +95,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AccessError",
     "Adapter",
     "AdapterInfo",
     "Base",
@@ -102,7 +109,9 @@ __all__ = [
     "InputNotFoundError",
     "LibraryReport",
     "LorafmtError",
+    "MissingPackageError",
     "Module",
+    "NetworkError",
     "OutputExistsError",
     "Report",
     "UnfuseReport",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from . import _lorafmt
 from .exceptions import UsageError
 
 NativeTensor = tuple[str, str, list[int], tuple[int, int, object]]
-NativeSource = str | bytes | tuple[list[NativeTensor], list[tuple[str, str]]]
+#: A path, the bytes of a file, a fetched file with its address and whether all beside it came along, or tensors with
+#: metadata.
+NativeSource = str | bytes | tuple[str, str, bool] | tuple[list[NativeTensor], list[tuple[str, str]]]
 
 #: numpy's name of an element type -> safetensors' name. bfloat16 and FP8 come from the ml_dtypes package.
 NUMPY_TO_SAFETENSORS = {
@@ -45,6 +50,42 @@ def native_source(src: Any) -> NativeSource:
     if isinstance(src, Mapping):
         return [_native_tensor(key, value) for key, value in src.items()], []
     raise usage_error(f"cannot read an adapter from {type(src).__name__}", "pass a path, bytes, or a dict of tensors")
+
+
+@contextmanager
+def located(src: Any, options: Mapping[str, Any] | None = None) -> Iterator[NativeSource]:
+    """The same, where an address is one, too: what is elsewhere is fetched, and may be gone when this ends.
+
+    ``options`` are those of a hub (:class:`lorafmt.hub.HubOptions`). A path that exists is never an address.
+    """
+    from . import hub
+
+    chosen = hub.checked(dict(options or {}))
+    text = os.fspath(src) if isinstance(src, str | os.PathLike) else None
+    if not isinstance(text, str):
+        if chosen:
+            raise usage_error(f"`{next(iter(chosen))}` is about a repository", "pass the name of one")
+        yield native_source(src)
+        return
+    if os.path.exists(text):
+        inside = [chosen[name] for name in ("subfolder", "weight_name") if name in chosen]
+        yield os.path.join(text, *inside)
+        return
+    address = _lorafmt.address(text, bool(chosen))
+    if address is None:
+        yield text
+    elif address[0] == "hf":
+        _, repo, revision, path = address
+        yield hub.fetch(repo, revision, path, chosen)
+    else:
+        from . import storage
+
+        # What is mapped stays readable without its name, but not on Windows: there the system tidies up.
+        folder = tempfile.mkdtemp(prefix="lorafmt-")
+        try:
+            yield storage.fetch(text, folder), text, True
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def usage_error(message: str, hint: str) -> UsageError:

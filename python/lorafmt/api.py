@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 from . import _lorafmt, reports
 from ._merging import Merging, choices
 from ._names import Dialect, Dtype, Family, Lossy, Unknown
-from ._sources import fill_numpy, fill_torch, framework_of, native_source, usage_error
+from ._sources import fill_numpy, fill_torch, framework_of, located, usage_error
 from ._strength import finite as _finite
 from ._strength import strength as _strength
 from .adapter import Adapter
@@ -19,10 +19,13 @@ from .base import BaseLike, native_base
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from .hub import HubOptions
+
 Layout: TypeAlias = Literal["aligned", "packed"]
 Precision: TypeAlias = Literal["int4", "fp4"]
 
-#: A path, the bytes of a file, a dict of torch or numpy tensors, or an adapter.
+#: A path, an address (``hf://user/repo@revision/file``, ``user/repo/file.safetensors``, ``s3://bucket/key``), the bytes
+#: of a file, a dict of torch or numpy tensors, or an adapter.
 Source: TypeAlias = "str | os.PathLike[str] | bytes | Mapping[str, Any] | Adapter"
 
 #: What :func:`compose` takes: sources, or pairs of a source and its strength.
@@ -50,11 +53,16 @@ Strength: TypeAlias = "float | Mapping[str, float | str | Sequence[float] | Scal
 
 
 def _native(
-    src: Any, family: str | None, from_: str | None, base: BaseLike | _lorafmt.Base | None = None
+    src: Any,
+    family: str | None,
+    from_: str | None,
+    base: BaseLike | _lorafmt.Base | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> _lorafmt.Adapter:
     if isinstance(src, Adapter):
         return src._native
-    return _lorafmt.Adapter.open(native_source(src), json.dumps({"family": family, "from": from_}), native_base(base))
+    with located(src, hub) as source:
+        return _lorafmt.Adapter.open(source, json.dumps({"family": family, "from": from_}), native_base(base))
 
 
 def open(
@@ -63,16 +71,21 @@ def open(
     family: Family | None = None,
     from_: Dialect | None = None,
     base: BaseLike | None = None,
+    **hub: Unpack[HubOptions],
 ) -> Adapter:
     """Opens an adapter without reading more than its header. Tensors are never copied until they are asked for.
 
-    ``base`` is the quantized checkpoint of a native adapter: its own branches are taken off.
+    ``base`` is the quantized checkpoint of a native adapter: its own branches are taken off. Files of a hub are fetched
+    into its cache first; ``hub`` are diffusers' names for where they are (see :class:`lorafmt.hub.HubOptions`):
+    ``open("user/repo", weight_name="style.safetensors", revision="v1.0")``.
 
     Raises:
         FormatError: for files that are damaged, of an unknown family, or hold half modules.
         FileNotFoundError: if there is no such file.
+        PermissionError: if a hub or a store refuses it.
+        ConnectionError: if a server cannot be reached, or is not to be asked.
     """
-    native = _native(src, family, from_, base)
+    native = _native(src, family, from_, base, hub)
     native.ensure_sound()
     return Adapter(native, options={"from": from_, "family": family}, framework=framework_of(src))
 
@@ -84,24 +97,29 @@ def inspect(
     from_: Dialect | None = None,
     weights: bool = False,
     base: BaseLike | None = None,
+    **hub: Unpack[HubOptions],
 ) -> reports.AdapterInfo:
     """What a file is: dialect, family, kind, ranks, who loads it. Reads the header and alphas only.
 
     ``weights`` also measures them, which reads all: see :class:`lorafmt.Weights`. ``base`` is taken off native files.
+    ``hub`` is as for :func:`open`; files of a hub are fetched whole.
     """
-    return reports._info(_native(src, family, from_, native_base(base)).inspect(weights))
+    return reports._info(_native(src, family, from_, native_base(base), hub).inspect(weights))
 
 
-def detect(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.Detection:
-    """The dialect and family of a file, and the share of its keys that they explain."""
-    return reports._detection(_native(src, family, from_).inspect())
+def detect(
+    src: Source, *, family: Family | None = None, from_: Dialect | None = None, **hub: Unpack[HubOptions]
+) -> reports.Detection:
+    """The dialect and family of a file, and the share of its keys that they explain. ``hub`` is as for :func:`open`."""
+    return reports._detection(_native(src, family, from_, None, hub).inspect())
 
 
 def check(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.CheckReport:
     """Looks for everything that can be wrong: half pairs, shapes, unknown keys, NaN. Reads every tensor once."""
     if isinstance(src, Adapter):
         return reports._check(src._native.check())
-    return reports._check(_lorafmt.check(native_source(src), json.dumps({"family": family, "from": from_})))
+    with located(src) as source:
+        return reports._check(_lorafmt.check(source, json.dumps({"family": family, "from": from_})))
 
 
 def diff(
@@ -144,6 +162,7 @@ def convert(
     widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **hub: Unpack[HubOptions],
 ) -> Adapter: ...
 
 
@@ -166,6 +185,7 @@ def convert(
     widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **hub: Unpack[HubOptions],
 ) -> reports.Report: ...
 
 
@@ -187,11 +207,12 @@ def convert(
     widen: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    **hub: Unpack[HubOptions],
 ) -> reports.Report | Adapter:
     """Converts an adapter into another dialect.
 
     Args:
-        src: a path, bytes, a dict of torch or numpy tensors, or an Adapter.
+        src: a path, an address, bytes, a dict of torch or numpy tensors, or an Adapter.
         dst: the file to write (for ``to="peft"`` also a folder); without it the result is an Adapter whose tensors are
             computed into memory.
         to: the dialect to write.
@@ -210,13 +231,14 @@ def convert(
         widen: the input width of modules that come in several, filled with zeros (FLUX.1 Control: 128, Fill: 384).
         overwrite: replace an existing output.
         progress: called with bytes done and bytes to do.
+        hub: where the file is in a repository, as for :func:`open`.
 
     Raises:
         LorafmtError: with ``code``, ``hint``, ``path`` and ``key``; nothing is left behind and no file is harmed.
     """
     options = _options(to, from_, family, dtype, strength, unknown, lossy, layout, precision, max_rank, widen)
     behind = native_base(base)
-    terms: Terms = [(_native(src, family, from_, behind), None)]
+    terms: Terms = [(_native(src, family, from_, behind, hub), None)]
     return _run(terms, dst, options, behind, overwrite, progress, framework_of(src))
 
 

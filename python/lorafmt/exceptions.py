@@ -50,10 +50,24 @@ class OutputExistsError(FileError, FileExistsError):
     """The output exists already and ``overwrite`` was not given."""
 
 
+class AccessError(FileError, PermissionError):
+    """A server refuses the file: a gated repository, a missing or wrong token."""
+
+
+class NetworkError(FileError, ConnectionError):
+    """A server cannot be reached or fails, or the file is not in the cache and looking elsewhere is forbidden."""
+
+
+class MissingPackageError(UnsupportedError, ImportError):
+    """A package is needed that is not installed; the hint names it."""
+
+
 _KINDS: dict[str, type[LorafmtError]] = {
     "NotFound": InputNotFoundError,
     "Exists": OutputExistsError,
     "Io": FileError,
+    "Access": AccessError,
+    "Network": NetworkError,
     "Unsupported": UnsupportedError,
     "Usage": UsageError,
     "Format": FormatError,

@@ -4,7 +4,7 @@ mod shapes;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
@@ -108,12 +108,7 @@ fn peft_config(
     if !named && !meanings.iter().flatten().any(|(_, hit)| keeps_config(&hit.prefix)) {
         return Ok(None);
     }
-    let beside = path.parent().unwrap_or(Path::new("")).join("adapter_config.json");
-    match std::fs::read_to_string(&beside) {
-        Ok(text) => Ok(Some((beside, text))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(&beside, "read the configuration", e)),
-    }
+    source.beside("adapter_config.json")
 }
 
 struct Decoder<'a> {

@@ -17,6 +17,10 @@ pub enum Kind {
     Exists,
     /// The operating system refused to read or write.
     Io,
+    /// A server refuses the file to whoever asks.
+    Access,
+    /// A server cannot be reached, or does not do what it should.
+    Network,
     /// The bytes or names of an input are not what they should be.
     Format,
     /// Well formed, but no conversion exists for it.
@@ -97,6 +101,20 @@ codes! {
     InvalidTable "invalid-table" Format "A table given by the user is not valid." "the documentation describes the format of tables under `Add a dialect`";
     InvalidRecipe "invalid-recipe" Format "A recipe cannot be read." "a recipe names its adapters under `loras`, each with a `path` and, if it is not 1, a `strength`";
     InvalidArgument "invalid-argument" Usage "An argument has a value that makes no sense." "see `--help`";
+    InvalidAddress "invalid-address" Usage "The address of a remote file cannot be read." "write `hf://user/repo@revision/file.safetensors` or `s3://bucket/key`";
+    AmbiguousAddress "ambiguous-address" Usage "An address stands for several files where one is needed." "name one of the files, or add `--recursive` to take all of them";
+    RepoNotFound "repo-not-found" NotFound "The hub has no such repository, or hides it from whoever asks." "check the spelling; for a private repository set `HF_TOKEN` or run `hf auth login`";
+    RevisionNotFound "revision-not-found" NotFound "The repository has no such branch, tag or commit." "name a branch, a tag or a whole commit hash after the `@`";
+    BucketNotFound "bucket-not-found" NotFound "The object store has no such bucket." "check the spelling, and `AWS_ENDPOINT_URL` if the bucket is not at Amazon's";
+    Gated "gated-repo" Access "The repository is gated: its owner decides who reads it." "accept its conditions on its web page, then set `HF_TOKEN` or run `hf auth login`";
+    Unauthorized "unauthorized" Access "The server does not know who asks, or the credentials are wrong." "set `HF_TOKEN` or run `hf auth login`; for `s3://` set `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or `AWS_PROFILE`";
+    Forbidden "forbidden" Access "The server knows who asks and refuses." "use a token or credentials that may read the file";
+    Offline "offline" Network "The file is not in the cache, and `HF_HUB_OFFLINE` forbids to fetch it." "unset `HF_HUB_OFFLINE`, or fetch the file first";
+    Network "network" Network "The server could not be reached, or the connection broke again and again." "check the connection, the proxy and the endpoint, and run the command again";
+    Server "server-error" Network "The server failed again and again, or gave an answer that makes no sense." "wait a little and run the command again";
+    CorruptDownload "corrupt-download" Network "What arrived is not what the server says the file is; nothing was kept of it." "run the command again; if it stays so, a proxy or the server changes the file";
+    RemoteReadOnly "remote-read-only" Unsupported "The place can be read and not written." "write to a local file; `hf upload` puts it on the hub";
+    MissingPackage "missing-package" Unsupported "A Python package is needed for this and not installed." "install the package that the message names";
     Interrupted "interrupted" Interrupted "Stopped by the user; nothing was left behind." "run the command again";
 }
 

@@ -84,6 +84,8 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         Kind::NotFound => "NotFound",
         Kind::Exists => "Exists",
         Kind::Io => "Io",
+        Kind::Access => "Access",
+        Kind::Network => "Network",
         Kind::Unsupported => "Unsupported",
         Kind::Usage => "Usage",
         _ => "Format",

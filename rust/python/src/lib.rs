@@ -327,6 +327,9 @@ mod _lorafmt {
     use super::report::report;
 
     #[pymodule_export]
+    use super::source::address;
+
+    #[pymodule_export]
     use super::weights::{extract, fuse, unfuse};
 
     #[pymodule_export]

@@ -4,13 +4,16 @@ use std::path::{Path, PathBuf};
 
 use lorafmt_core::dtype::Dtype;
 use lorafmt_core::error::{Code, Error, Result};
-use lorafmt_core::io::{Bytes, Control, Source, TensorInfo};
+use lorafmt_core::io::{Bytes, Control, Local, Source, TensorInfo};
 use lorafmt_core::kind::Module;
 use lorafmt_core::ops;
 use lorafmt_core::plan::Plan;
+use lorafmt_remote::{Address, is_remote};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use rayon::prelude::*;
+
+use crate::enter::enter;
 
 /// Rows of a delta computed at a time, in elements.
 const TILE: usize = 1 << 18;
@@ -52,6 +55,8 @@ pub(crate) enum SourceArgument<'py> {
     Content(Bound<'py, PyBytes>),
     /// A path.
     Path(PathBuf),
+    /// A file that was fetched, its address, and whether what belongs beside it is there, too.
+    Fetched(PathBuf, String, bool),
     /// Tensors as `(key, dtype, shape, buffer)`, and metadata.
     Tensors(Vec<(String, String, Vec<usize>, Buffer)>, Vec<(String, String)>),
 }
@@ -60,6 +65,7 @@ pub(crate) enum SourceArgument<'py> {
 pub(crate) enum Prepared {
     Content(Py<PyBytes>, usize, usize),
     Path(PathBuf),
+    Fetched(PathBuf, String, bool),
     Tensors(Vec<(String, String, Vec<usize>, Buffer)>, Vec<(String, String)>),
 }
 
@@ -72,6 +78,7 @@ impl SourceArgument<'_> {
                 Prepared::Content(bytes.unbind(), address, len)
             }
             SourceArgument::Path(path) => Prepared::Path(path),
+            SourceArgument::Fetched(path, address, whole) => Prepared::Fetched(path, address, whole),
             SourceArgument::Tensors(tensors, metadata) => Prepared::Tensors(tensors, metadata),
         })
     }
@@ -81,6 +88,13 @@ impl Prepared {
     pub(crate) fn open(self) -> Result<Source> {
         match self {
             Prepared::Path(path) => Source::open(&path),
+            Prepared::Fetched(path, address, whole) => {
+                let source = Source::fetched(Path::new(&address), Local::Kept(path.clone()))?;
+                Ok(source.with_beside(Box::new(move |name| match read_beside(&path, name) {
+                    Ok(None) if !whole => Err(Error::new(Code::Offline, format!("`{name}` is not in the cache"))),
+                    read => read,
+                })))
+            }
             // Bytes objects never change or move, and the buffer keeps this one alive: no copy.
             Prepared::Content(owner, address, len) => {
                 Source::from_bytes(Path::new("<bytes>"), Box::new(Buffer(address, len, owner.into_any())))
@@ -97,6 +111,40 @@ impl Prepared {
                 Source::from_tensors(Path::new("<dict>"), metadata, tensors)
             }
         }
+    }
+}
+
+/// Scheme, repository or whole address, revision, path.
+type AddressParts = (&'static str, String, Option<String>, String);
+
+/// An address in its parts: `hf` with a repository, or `url` with the whole text. None for a path.
+///
+/// With `repository` a bare `user/repo` is one, too.
+#[pyfunction]
+pub(crate) fn address(py: Python<'_>, text: String, repository: bool) -> PyResult<Option<AddressParts>> {
+    enter(py, None, |_| {
+        let has_scheme = text.contains("://");
+        let parsed = match repository && !has_scheme {
+            true => Address::parse(&format!("hf://{text}")),
+            false if is_remote(&text) => Address::parse(&text),
+            false => return Ok(None),
+        };
+        match parsed {
+            Ok(Address::Hub(at)) => Ok(Some(("hf", at.repo, at.revision, at.path))),
+            Err(error) if !has_scheme || text.starts_with("hf://") => Err(error),
+            // Python knows more kinds of addresses.
+            Ok(Address::S3(_)) | Err(_) => Ok(Some(("url", text, None, String::new()))),
+        }
+    })
+}
+
+/// A text file in the folder of another one; `None` if there is none.
+fn read_beside(path: &Path, name: &str) -> Result<Option<String>> {
+    let beside = path.with_file_name(name);
+    match std::fs::read_to_string(&beside) {
+        Ok(text) => Ok(Some(text)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(&beside, "read the configuration", e)),
     }
 }
 

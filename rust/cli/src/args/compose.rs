@@ -21,6 +21,8 @@ Examples:
 #[command(after_help = EXAMPLES)]
 pub(crate) struct ComposeArgs {
     /// Adapters with their strengths; `-` reads stdin
+    ///
+    /// Files, PEFT folders, or addresses (hf://, s3://).
     #[arg(required_unless_present = "recipe", value_name = "SRC[:STRENGTH]", value_hint = clap::ValueHint::FilePath)]
     pub(crate) sources: Vec<OsString>,
     /// Write to this file, or for peft a folder; `-` is stdout

@@ -27,10 +27,10 @@ pub(crate) enum ByArg {
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct DiffArgs {
-    /// The first adapter
+    /// The first adapter, a path or an address
     #[arg(value_name = "A", value_hint = clap::ValueHint::FilePath)]
     pub(crate) a: PathBuf,
-    /// The second adapter
+    /// The second one
     #[arg(value_name = "B", value_hint = clap::ValueHint::FilePath)]
     pub(crate) b: PathBuf,
     /// The largest relative difference that counts as equal

@@ -7,8 +7,8 @@ use super::{Inputs, Reading};
 const EXAMPLES: &str = "\
 Examples:
   lorafmt inspect style.safetensors
-  lorafmt inspect style.safetensors --meta
   lorafmt inspect style.safetensors --weights
+  lorafmt inspect hf://user/repo/style.safetensors --meta
   lorafmt inspect -r loras --json | jq '.[].family'";
 
 /// Tell what a file is, and who can load it

@@ -62,6 +62,7 @@ Examples:
   lorafmt convert style.safetensors --to diffusers
   lorafmt convert -r loras --to comfyui --out-dir converted
   lorafmt compose style.safetensors:0.8 face.safetensors:0.5 -o both.safetensors
+  lorafmt inspect hf://user/repo/style.safetensors
   lorafmt check *.safetensors --json";
 
 const MORE: &str = "\
@@ -70,7 +71,13 @@ Examples:
   lorafmt convert style.safetensors --to diffusers
   lorafmt convert -r loras --to comfyui --out-dir converted
   lorafmt compose style.safetensors:0.8 face.safetensors:0.5 -o both.safetensors
+  lorafmt inspect hf://user/repo/style.safetensors
   lorafmt check *.safetensors --json
+
+Remote files:
+  hf://user/repo@revision/file.safetensors   a file of the Hugging Face hub; user/repo/file.safetensors for short
+  s3://bucket/key.safetensors                an object in S3; AWS_ENDPOINT_URL names another store
+  Tokens, endpoints and caches are those of HF_* and AWS_* variables.
 
 Exit status:
   0    done
@@ -171,10 +178,13 @@ pub(crate) struct Global {
 /// The files that a command reads.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Inputs {
-    /// Adapter files or PEFT folders; `-` reads standard input
+    /// Adapter files, PEFT folders, or addresses (hf://, s3://); `-` reads standard input
+    ///
+    /// `hf://user/repo@revision/file`, or `user/repo/file.safetensors` where no such path exists, is a file of a hub, and
+    /// `s3://bucket/key` an object in a bucket.
     #[arg(required = true, value_name = "SRC", value_hint = clap::ValueHint::FilePath)]
     pub(crate) sources: Vec<PathBuf>,
-    /// Take every .safetensors file inside folders
+    /// Take every .safetensors file inside folders, repositories and prefixes
     #[arg(short, long)]
     pub(crate) recursive: bool,
 }

@@ -19,7 +19,7 @@ Examples:
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct ScaleArgs {
-    /// An adapter file or PEFT folder; `-` reads standard input
+    /// An adapter file, PEFT folder or address; `-` reads standard input
     #[arg(value_name = "SRC", value_hint = clap::ValueHint::FilePath)]
     pub(crate) source: PathBuf,
     /// Write to this file, or for peft a folder; `-` is stdout

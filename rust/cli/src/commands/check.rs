@@ -14,8 +14,8 @@ pub(super) fn run(args: &CheckArgs, context: &mut Context) -> Result<ExitStatus>
     let registry = context.registry()?;
     let given = context.given(&registry, &args.reading)?;
     let found = sources::find(&args.inputs, None)?;
-    Ok(context.answer_all(&found, context.out.view, |_, input, _| {
-        let result = input.open().and_then(|source| check(&registry, &Arc::new(source), &given));
+    Ok(context.answer_all(&found, context.out.view, |_, input, progress| {
+        let result = input.open(Some(progress)).and_then(|source| check(&registry, &Arc::new(source), &given));
         result.or_else(|error| answer(error, &input.path))
     }))
 }

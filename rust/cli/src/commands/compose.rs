@@ -14,6 +14,7 @@ use lorafmt_core::recipe::{self, Recipe, split_strength};
 use lorafmt_core::strength::{Request, Strength};
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
+use lorafmt_remote::is_remote;
 use rayon::prelude::*;
 
 use super::writing::{Job, native_options, open_base, options};
@@ -102,6 +103,16 @@ fn file(path: &Path) -> PathBuf {
     if path.as_os_str() == "-" { Path::new(".").join(path) } else { path.to_path_buf() }
 }
 
+/// An address in a recipe, whose reader has put the recipe's folder before it. Paths that exist are none.
+fn address_in(recipe: Option<&Path>, path: &Path) -> Option<PathBuf> {
+    let folder = recipe?.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let text = match folder {
+        Some(folder) => path.to_str()?.strip_prefix(folder.to_str()?)?.trim_start_matches('/'),
+        None => path.to_str()?,
+    };
+    (!path.exists() && is_remote(text)).then(|| text.into())
+}
+
 /// The adapters of the recipe, then those of the command line.
 fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients> {
     if args.sources.is_empty() && !args.places.is_empty() {
@@ -111,7 +122,8 @@ fn ingredients(args: &ComposeArgs, recipe: Option<Recipe>) -> Result<Ingredients
     }
     let mut ingredients = Ingredients { inputs: Vec::new(), terms: Vec::new(), densities: Vec::new() };
     for lora in recipe.into_iter().flat_map(|r| r.loras) {
-        ingredients.add(&file(&lora.path), lora.strength, lora.density);
+        let path = address_in(args.recipe.as_deref(), &lora.path).unwrap_or_else(|| file(&lora.path));
+        ingredients.add(&path, lora.strength, lora.density);
     }
     ingredients.add_all(&args.sources, &args.places)?;
     Ok(ingredients)
@@ -144,9 +156,10 @@ impl Ingredients {
         registry: &Arc<Registry>,
         options: &ConvertOptions,
         base: Option<&Arc<Base>>,
+        progress: Option<&Progress>,
     ) -> Result<Vec<Adapter>> {
         let open = |input: &Input| {
-            let source = input.open().map_err(|e| explained(e, &input.path))?;
+            let source = input.open(progress).map_err(|e| explained(e, &input.path))?;
             convert::open(registry, source, options, base.cloned()).map_err(|e| e.at(&input.path))
         };
         let opened: Vec<Result<Adapter>> = self.inputs.par_iter().map(open).collect();
@@ -181,7 +194,7 @@ fn compose(
     job: &Job<'_>,
     progress: &Progress,
 ) -> Result<Converted> {
-    let adapters = ingredients.open(registry, job.options, base)?;
+    let adapters = ingredients.open(registry, job.options, base, Some(progress))?;
     let agreed: Vec<Cow<'_, Adapter>> = agree(&adapters.iter().collect::<Vec<_>>())?;
     let terms = ingredients.terms(&agreed)?;
     job.run(&Composition::new(terms)?, progress)

@@ -61,7 +61,7 @@ pub(super) fn run(args: &ConvertArgs, context: &mut Context) -> Result<ExitStatu
 impl Task<'_> {
     fn convert(&self, input: &Input, goal: &Goal, progress: &Progress) -> Result<Converted> {
         let started = Instant::now();
-        let adapter = convert::open(&self.registry, input.open()?, &self.options, self.base.clone())?;
+        let adapter = convert::open(&self.registry, input.open(Some(progress))?, &self.options, self.base.clone())?;
         self.job(&self.options, goal, input, started).run(&Composition::of(&adapter), progress)
     }
 

@@ -13,9 +13,10 @@ pub(super) fn run(args: &DetectArgs, context: &mut Context) -> Result<ExitStatus
     let given = context.given(&registry, &args.reading)?;
     let found = sources::find(&args.inputs, None)?;
     Ok(context.answer_all(&found, context.out.view, |_, input, _| {
-        let source = input.open()?;
-        let (detection, ..) = detect(&registry, &source, &given)?;
-        Ok(describe(&registry, &detection, source.path().to_string_lossy().into_owned()))
+        input.glance(|source| {
+            let (detection, ..) = detect(&registry, &source, &given)?;
+            Ok(describe(&registry, &detection, source.path().to_string_lossy().into_owned()))
+        })
     }))
 }
 

@@ -25,7 +25,7 @@ pub(super) fn run(args: &DiffArgs, context: &mut Context) -> Result<ExitStatus> 
     let registry = context.registry()?;
     let base = open_base(&registry, args.base.as_deref())?;
     let given = Given { base, ..context.given(&registry, &args.reading)? };
-    let open = |input: Input| match input.open() {
+    let open = |input: Input| match input.open(None) {
         Ok(source) => decode(&registry, &Arc::new(source), &given),
         Err(error) if error.code() == Code::IsADirectory => Err(error.hint("name a file, or a PEFT folder")),
         Err(error) => Err(error),

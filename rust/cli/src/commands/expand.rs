@@ -48,7 +48,7 @@ pub(super) fn run(args: &ExpandArgs, context: &mut Context) -> Result<ExitStatus
 impl Task<'_> {
     fn expand(&self, input: &Input, goal: &Goal, progress: &Progress) -> Result<Plain> {
         let started = Instant::now();
-        let adapter = convert::open(&self.registry, input.open()?, &self.options, None)?;
+        let adapter = convert::open(&self.registry, input.open(Some(progress))?, &self.options, None)?;
         let options = ConvertOptions { to: own_dialect(self.args.to.as_deref(), &adapter)?, ..self.options.clone() };
         let (plain, _) = expand(&adapter, self.base.as_ref(), &self.how, &interrupt::control())?;
         let job = Job {

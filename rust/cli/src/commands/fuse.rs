@@ -37,7 +37,7 @@ pub(super) fn run(args: &FuseArgs, context: &mut Context) -> Result<ExitStatus> 
     let found = Found { inputs: vec![Input::new(&args.output)], many: false };
     Ok(context.answer_all(&found, context.out.view, |_, input, progress| {
         let started = Instant::now();
-        let adapters = ingredients.open(&registry, &reading, None)?;
+        let adapters = ingredients.open(&registry, &reading, None, Some(progress))?;
         let adapters: Vec<&Adapter> = adapters.iter().collect();
         let (checkpoint, agreed) = open_behind(&registry, &args.base, &family, &adapters)?;
         let composition = Composition::new(ingredients.terms(&agreed)?)?;

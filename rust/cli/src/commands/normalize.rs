@@ -56,8 +56,8 @@ pub(super) fn run(args: &NormalizeArgs, context: &mut Context) -> Result<ExitSta
     let open = |source: Result<Source>, path: &Path| {
         source.and_then(|s| convert::open(&registry, s, &options, None)).map_err(|e| e.at(path))
     };
-    let opened: Vec<Result<Adapter>> = found.inputs.par_iter().map(|i| open(i.open(), &i.path)).collect();
-    let like = args.like.as_deref().map(|path| open(Source::open(path), path)).transpose()?;
+    let opened: Vec<Result<Adapter>> = found.inputs.par_iter().map(|i| open(i.open(None), &i.path)).collect();
+    let like = args.like.as_deref().map(|path| open(Input::new(path).open(None), path)).transpose()?;
     let good: Vec<&Adapter> = opened.iter().flatten().chain(&like).collect();
     let agreed = agree(&good)?;
     same_family(&agreed)?;

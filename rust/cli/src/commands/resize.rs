@@ -90,7 +90,7 @@ fn ending(args: &ResizeArgs) -> String {
 impl Task<'_> {
     fn resize(&self, input: &Input, goal: &Goal, progress: &Progress) -> Result<Converted> {
         let started = Instant::now();
-        let adapter = convert::open(&self.registry, input.open()?, &self.options, None)?;
+        let adapter = convert::open(&self.registry, input.open(Some(progress))?, &self.options, None)?;
         let options = ConvertOptions { to: own_dialect(self.args.to.as_deref(), &adapter)?, ..self.options.clone() };
         let job = Job {
             options: &options,

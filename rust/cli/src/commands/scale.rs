@@ -56,7 +56,7 @@ pub(super) fn run(args: &ScaleArgs, context: &mut Context) -> Result<ExitStatus>
 impl Task<'_> {
     fn scale(&self, input: &Input, progress: &Progress) -> Result<Converted> {
         let started = Instant::now();
-        let source = input.open().map_err(|e| match e.code() {
+        let source = input.open(Some(progress)).map_err(|e| match e.code() {
             Code::IsADirectory => e.hint("name a file, or a PEFT folder"),
             _ => e,
         })?;

@@ -52,7 +52,7 @@ fn open(task: &Task<'_>, input: &Input) -> Result<Vec<Part>> {
         let error = Error::new(Code::InvalidArgument, "standard input has no name to make those of the outputs from");
         return Err(error.hint("name a file"));
     }
-    let source = Arc::new(input.open()?);
+    let source = Arc::new(input.open(None)?);
     let inside = disassemble(&task.registry, &source, task.base.clone()).map_err(|e| match e.code() {
         Code::InvalidArgument => {
             e.hint("only files for a quantized model are split; convert this one without `--split`")

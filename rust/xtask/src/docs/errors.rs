@@ -11,6 +11,8 @@ fn class(kind: Kind) -> [&'static str; 3] {
         Kind::NotFound => ["not found", "2", "`InputNotFoundError`, a `FileNotFoundError`"],
         Kind::Exists => ["exists", "2", "`OutputExistsError`, a `FileExistsError`"],
         Kind::Io => ["input/output", "2", "`FileError`, an `OSError`"],
+        Kind::Access => ["access", "2", "`AccessError`, a `PermissionError`"],
+        Kind::Network => ["network", "2", "`NetworkError`, a `ConnectionError`"],
         Kind::Format => ["format", "2", "`FormatError`, a `ValueError`"],
         Kind::Unsupported => ["unsupported", "2", "`UnsupportedError`, a `NotImplementedError`"],
         Kind::Usage => ["usage", "2", "`UsageError`, a `ValueError`"],
