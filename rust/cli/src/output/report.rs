@@ -41,7 +41,11 @@ impl Surveyed<'_> {
         }
         let rest = self.library.totals.failed.saturating_sub(shown);
         if rest > 0 {
-            let _ = writeln!(out, "and {} failed (-v shows all, and so does the page)", plural(rest, "more file", "more files"));
+            let _ = writeln!(
+                out,
+                "and {} failed (-v shows all, and so does the page)",
+                plural(rest, "more file", "more files")
+            );
         }
         out
     }

@@ -25,7 +25,10 @@ fn a_page_of_a_folder() {
     let place = library();
     let ran = place.run(&["report", "-r", "loras", "-o", "page.html"]);
     assert_eq!(ran.code, 3, "{ran:?}");
-    assert!(ran.out.contains("wrote page.html") && ran.out.contains("6 files") && ran.out.contains("1 failed"), "{ran:?}");
+    assert!(
+        ran.out.contains("wrote page.html") && ran.out.contains("6 files") && ran.out.contains("1 failed"),
+        "{ran:?}"
+    );
     assert!(ran.err.contains("d.safetensors") && ran.err.contains("hint: "), "{ran:?}");
     let page = String::from_utf8(place.read("page.html")).unwrap();
     assert!(page.starts_with("<!doctype html>") && page.contains("Content-Security-Policy"));

@@ -173,7 +173,10 @@ fn numbered(weights: &Weights, component: &str) -> Vec<BlockMeasure> {
     // What has no number comes last.
     let last = groups.remove(&None);
     let named = groups.into_iter().map(|(key, modules)| (key.map(|(stem, n)| format!("{stem}{n}")), modules));
-    named.chain(last.map(|modules| (None, modules))).map(|(name, modules)| together(component, name, &modules)).collect()
+    named
+        .chain(last.map(|modules| (None, modules)))
+        .map(|(name, modules)| together(component, name, &modules))
+        .collect()
 }
 
 /// The path before its first number, and the number.

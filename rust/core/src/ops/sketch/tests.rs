@@ -21,7 +21,9 @@ fn random(seed: u64, shape: &[usize]) -> Tensor {
 }
 
 fn module(kind: Kind, scale: f64, tensors: &[(Slot, Tensor)]) -> Module {
-    Module { scale, ..Module::new(kind, tensors.iter().cloned().collect::<BTreeMap<_, _>>()) }
+    let mut module = Module::new(kind, tensors.iter().cloned().collect::<BTreeMap<_, _>>());
+    module.scale = scale;
+    module
 }
 
 /// a @ b, from the definition.
@@ -65,7 +67,8 @@ fn factors_give_what_the_dense_delta_gives() {
 fn every_kind_gives_what_its_dense_delta_gives() {
     let parts = [random(1, &[9, 2]), random(2, &[2, 7]), random(3, &[9, 2]), random(4, &[2, 7])];
     let (one, two) = (product(&parts[0], &parts[1]), product(&parts[2], &parts[3]));
-    let both = one.iter().zip(&two).map(|(x, y)| x.iter().zip(y).map(|(a, b)| 2.0 * a * b).collect()).collect::<Vec<_>>();
+    let both =
+        one.iter().zip(&two).map(|(x, y)| x.iter().zip(y).map(|(a, b)| 2.0 * a * b).collect()).collect::<Vec<_>>();
     let slots = [Slot::HadaW1A, Slot::HadaW1B, Slot::HadaW2A, Slot::HadaW2B];
     let tensors: Vec<(Slot, Tensor)> = slots.into_iter().zip(parts).collect();
     agrees(&module(Kind::Loha, 2.0, &tensors), &both);
@@ -73,9 +76,8 @@ fn every_kind_gives_what_its_dense_delta_gives() {
     let (w1, w2a, w2b) = (random(5, &[3, 2]), random(6, &[4, 2]), random(7, &[2, 5]));
     let inner = product(&w2a, &w2b);
     let outer = w1.to_f64();
-    let kron: Vec<Vec<f64>> = (0..12)
-        .map(|i| (0..10).map(|j| 0.5 * outer[i / 4 * 2 + j / 5] * inner[i % 4][j % 5]).collect())
-        .collect();
+    let kron: Vec<Vec<f64>> =
+        (0..12).map(|i| (0..10).map(|j| 0.5 * outer[i / 4 * 2 + j / 5] * inner[i % 4][j % 5]).collect()).collect();
     let tensors = [(Slot::LokrW1, w1), (Slot::LokrW2A, w2a), (Slot::LokrW2B, w2b)];
     agrees(&module(Kind::Lokr, 0.5, &tensors), &kron);
 
