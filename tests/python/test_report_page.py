@@ -1,4 +1,4 @@
-"""The page of `lorafmt report` in a real browser, without a window: what it shows, its keys, and that it does no harm."""
+"""The page of `lorafmt report` in a real browser: what it shows, its keys, and that it does no harm."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if CHROMIUM is None:
     pytest.skip("no chromium is installed", allow_module_level=True)
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+DASH = "\N{EN DASH}"
 HOSTILE = "<img src=x onerror=window.harmed=1>"
 CLOSING = "</script><script>window.harmed=1</script>"
 
@@ -101,7 +102,7 @@ def test_all_files_are_listed(library: Path, show: Callable[..., Any]) -> None:
     page = show(library)
     assert len(names(page)) == 19
     assert page.locator("#count").inner_text().startswith("19 files, ")
-    assert page.title() == "19 adapter files – lorafmt report"
+    assert page.title() == f"19 adapter files {DASH} lorafmt report"
     assert "1\nnot readable" in page.locator("#totals").inner_text()
     assert page.locator("#charts figure").count() == 6
 
@@ -148,12 +149,12 @@ def test_sorting(library: Path, show: Callable[..., Any]) -> None:
     assert by_rank.get_attribute("aria-sort") == "none"
     page.click("#clear")
     page.click("#table thead th.norm button")
-    norms = [float(t) for t in page.locator("#table tbody td.norm").all_inner_texts() if t != "–"]
+    norms = [float(t) for t in page.locator("#table tbody td.norm").all_inner_texts() if t != DASH]
     assert len(norms) >= 15 and norms == sorted(norms, reverse=True)
     # What has no norm comes last in both directions.
-    assert page.locator("#table tbody td.norm").last.inner_text() == "–"
+    assert page.locator("#table tbody td.norm").last.inner_text() == DASH
     page.click("#table thead th.norm button")
-    assert page.locator("#table tbody td.norm").last.inner_text() == "–"
+    assert page.locator("#table tbody td.norm").last.inner_text() == DASH
 
 
 def test_keys(library: Path, show: Callable[..., Any]) -> None:
@@ -289,6 +290,13 @@ CONTRAST = """() => {
 }"""
 
 
+UNNAMED = """() => {
+  const named = (n) => n.innerText || n.getAttribute("aria-label") || n.closest("label") || n.querySelector("caption");
+  const all = [...document.querySelectorAll("button, input, select, section, nav, table")];
+  return all.filter((n) => !named(n)).map((n) => n.outerHTML);
+}"""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast_and_controls_have_names(library: Path, show: Callable[..., Any], scheme: str) -> None:
     page = show(library, scheme)
@@ -296,9 +304,7 @@ def test_text_has_contrast_and_controls_have_names(library: Path, show: Callable
     page.click("button.open:has-text('unknown.safetensors')")
     assert page.evaluate(CONTRAST) == []
     page.keyboard.press("Escape")
-    unnamed = """() => [...document.querySelectorAll("button, input, select, section, nav, table")].filter((n) =>
-      !(n.innerText || n.getAttribute("aria-label") || n.closest("label") || n.querySelector("caption"))).map((n) => n.outerHTML)"""
-    assert page.evaluate(unnamed) == []
+    assert page.evaluate(UNNAMED) == []
 
 
 @pytest.mark.parametrize("width", [360, 720, 1200])
@@ -326,7 +332,7 @@ def test_a_thousand_files(library: Path, show: Callable[..., Any], tmp_path: Pat
     page.locator("button.open").first.focus()
     page.keyboard.press("End")
     assert "0999.safetensors" in focused(page)
-    assert page.locator("#pager .dim").inner_text() == "901–1,000 of 1,000"
+    assert page.locator("#pager .dim").inner_text() == f"901{DASH}1,000 of 1,000"
     page.keyboard.press("Home")
     page.click("#pager button:text-is('Next')")
     assert names(page)[0] == "0100.safetensors"
