@@ -145,7 +145,9 @@ def _listed(srcs: Any) -> list[Any]:
     """Every source by itself, folders as the files in them."""
     single = isinstance(srcs, str | bytes | bytearray | memoryview | os.PathLike | Mapping | Adapter)
     if not single and not isinstance(srcs, Iterable):
-        raise usage_error(f"cannot read adapters from {type(srcs).__name__}", "pass a path, a folder, or a list of them")
+        raise usage_error(
+            f"cannot read adapters from {type(srcs).__name__}", "pass a path, a folder, or a list of them"
+        )
     out: list[Any] = []
     for src in [srcs] if single else srcs:
         out.extend(_inside(src) if isinstance(src, str | os.PathLike) else [src])

@@ -117,9 +117,9 @@ class FileTable {
   makeHead() {
     const head = this.columns.map((column) => {
       const pressed = button([column.title, el("span", { class: "arrow", "aria-hidden": "true" })], () => this.sort(column));
-      return el("th", { scope: "col", class: [column.id, column.number && "number"].filter(Boolean).join(" "), "aria-sort": "none" }, pressed);
+      return el("th", { scope: "col", class: [column.id, column.number && "number"].filter(Boolean).join(" "), "aria-sort": "none", role: "columnheader" }, pressed);
     });
-    byId("table").tHead.replaceChildren(el("tr", {}, head));
+    byId("table").tHead.replaceChildren(el("tr", { role: "row" }, head));
   }
 
   /** Once for the natural direction, again for the other one, a third time for the order of the files. */
@@ -202,9 +202,13 @@ class FileTable {
   row(file, at) {
     const name = el("button", { type: "button", class: "open", tabindex: at === this.current ? 0 : -1, click: () => this.choose(at), focus: () => this.mark(at) },
       file.name.folder && el("span", { class: "folder" }, file.name.folder), el("span", { class: "stem" }, file.name.name));
-    const cells = this.columns.slice(1).map((c) => el("td", { class: [c.id, c.number && "number"].filter(Boolean).join(" ") }, c.cell(file) ?? "–"));
+    const cells = this.columns.slice(1).map((c) => {
+      const told = c.cell(file) ?? "–";
+      const absent = told === "–" || (Array.isArray(told) && !told.flat().some(Boolean));
+      return el("td", { class: [c.id, c.number && "number", absent && "none"].filter(Boolean).join(" "), role: "cell" }, told);
+    });
     const open = (e) => e.target.closest("button") || this.choose(at);
-    return el("tr", { class: file.error ? "failed" : null, click: open }, el("th", { scope: "row", class: "name", title: file.path }, name), cells);
+    return el("tr", { class: file.error ? "failed" : null, click: open, role: "row" }, el("th", { scope: "row", class: "name", title: file.path, role: "rowheader" }, name), cells);
   }
 
   drawPager(start) {

@@ -21,7 +21,9 @@ fn random(seed: u64, shape: &[usize]) -> Tensor {
 }
 
 fn module(kind: Kind, scale: f64, tensors: &[(Slot, Tensor)]) -> Module {
-    Module { scale, ..Module::new(kind, tensors.iter().cloned().collect::<BTreeMap<_, _>>()) }
+    let mut module = Module::new(kind, tensors.iter().cloned().collect::<BTreeMap<_, _>>());
+    module.scale = scale;
+    module
 }
 
 /// a @ b, from the definition.
