@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Adapter", "Base", "Plan", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "run", "unfuse", "write"]
+__all__ = ["__version__", "Adapter", "Base", "Plan", "address", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "run", "unfuse", "write"]
 
 __version__: Final[str]
 
@@ -46,7 +46,7 @@ class Adapter:
         Names of its modules with their component, in order.
         """
     @staticmethod
-    def open(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}", base: Base | None = None) -> Adapter:
+    def open(source: bytes | str | PathLike[str] | tuple[str | PathLike[str], str, bool] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}", base: Base | None = None) -> Adapter:
         """
         Reads an adapter; `base` is taken off a native one. Problems are kept; they are raised by whatever needs a sound
         one.
@@ -89,7 +89,7 @@ class Plan:
         The metadata of the file to be.
         """
     @staticmethod
-    def raw(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]]) -> Plan:
+    def raw(source: bytes | str | PathLike[str] | tuple[str | PathLike[str], str, bool] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]]) -> Plan:
         """
         The tensors of a source under their own keys, unread and unchanged.
         """
@@ -106,7 +106,14 @@ class Plan:
         Writes a file of these tensors and this metadata.
         """
 
-def check(source: bytes | str | PathLike[str] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}") -> str:
+def address(text: str, repository: bool) -> tuple[str, str, str | None, str] | None:
+    """
+    An address in its parts: `hf` with a repository, or `url` with the whole text. None for a path.
+
+    With `repository` a bare `user/repo` is one, too.
+    """
+
+def check(source: bytes | str | PathLike[str] | tuple[str | PathLike[str], str, bool] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}") -> str:
     """
     Checks structure, pairs, shapes, names and values; JSON.
     """

@@ -83,7 +83,8 @@ def fetch(repo: str, revision: str | None, path: str, options: dict[str, Any]) -
 
 def _agreed(name: str, one: str | None, other: str | None) -> str | None:
     if one and other and one != other:
-        raise raised(UsageError, "invalid-argument", f"the address and `{name}` name two: {one!r}, {other!r}", "name one")
+        message = f"the address and `{name}` name two: {one!r}, {other!r}"
+        raise raised(UsageError, "invalid-argument", message, "name one")
     return one or other
 
 

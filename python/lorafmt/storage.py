@@ -1,4 +1,4 @@
-"""Files at any address that fsspec knows: ``s3://``, ``gs://``, ``https://`` and so on, through the ``fsspec`` package."""
+"""Files at any address that the ``fsspec`` package knows: ``s3://``, ``gs://``, ``https://`` and so on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def fetch(url: str, folder: str) -> str:
         raise _known(AccessError, "forbidden", url, f"the server refuses: {error}", hint) from error
     except Exception as error:
         # What goes wrong on the way has a class of its own in every one of these packages.
-        raise _known(NetworkError, "network", url, f"cannot fetch it: {error}", "check connection and endpoint") from error
+        hint = "check the connection and the endpoint"
+        raise _known(NetworkError, "network", url, f"cannot fetch it: {error}", hint) from error
     return local
 
 

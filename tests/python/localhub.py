@@ -244,7 +244,7 @@ class _Hub(_Handler):
 
     def api(self, name: str, parts: list[str]) -> None:
         repo = self.hub.repos[name]
-        view, revision, path = (parts + ["", "main"])[0], (parts[1:] + ["main"])[0], "/".join(parts[2:])
+        view, revision, path = [*parts, ""][0], [*parts[1:], "main"][0], "/".join(parts[2:])
         commit = repo.resolve(revision)
         if commit is None:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
@@ -272,8 +272,7 @@ class _Hub(_Handler):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         content = repo.commits[commit].get(path)
         if content is None:
-            self.answer(404, {"X-Repo-Commit": commit, "X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
-            return None
+            return self.answer(404, {"X-Repo-Commit": commit, "X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not path.endswith(".safetensors"):
             return self.content(content, {**headers, "ETag": f'"{_git_hash(content)}"'}, seen, None)

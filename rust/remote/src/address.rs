@@ -51,7 +51,8 @@ pub fn is_remote(text: &str) -> bool {
         return false;
     }
     match text.split_once("://") {
-        Some((scheme, _)) => !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric()),
+        // One letter is a drive of Windows.
+        Some((scheme, _)) => scheme.len() > 1 && scheme.bytes().all(|b| b.is_ascii_alphanumeric()),
         None => short_form(text).is_some_and(|at| !Path::new(&at.repo).exists()),
     }
 }

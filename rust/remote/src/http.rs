@@ -12,6 +12,9 @@ use crate::retry::Trouble;
 /// Redirects that are followed in a row.
 const MOST_REDIRECTS: usize = 10;
 
+/// Hosts of the public hub, to which mirrors redirect what they do not answer themselves.
+const HUB_HOSTS: [&str; 2] = ["huggingface.co", "hf.co"];
+
 /// How long a connection may take to come about.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -40,7 +43,7 @@ pub(crate) struct Request {
     pub(crate) range: Option<String>,
     /// For how long nothing may happen.
     pub(crate) patience: Duration,
-    /// Whether redirects to other servers are followed, which get no token.
+    /// Whether redirects to other servers are followed. No other server than the first gets the token.
     pub(crate) abroad: bool,
 }
 
@@ -86,7 +89,8 @@ impl Http {
             let Some(target) = target.and_then(|t| t.to_str().ok()).and_then(|t| url.join(t).ok()) else {
                 return Ok(response);
             };
-            if !request.abroad && target.origin() != home {
+            let hub = target.host_str().is_some_and(|host| HUB_HOSTS.contains(&host));
+            if !(request.abroad || hub || target.origin() == home) {
                 return Ok(response);
             }
             url = target;

@@ -75,9 +75,10 @@ Examples:
   lorafmt check *.safetensors --json
 
 Remote files:
-  hf://user/repo@revision/file.safetensors   a file of the Hugging Face hub; user/repo/file.safetensors for short
-  s3://bucket/key.safetensors                an object in S3; AWS_ENDPOINT_URL names another store
-  Tokens, endpoints and caches are those of HF_* and AWS_* variables.
+  hf://user/repo@revision/file.safetensors   a file of the Hugging Face hub
+  user/repo/file.safetensors                 the same, where no such path exists
+  s3://bucket/key.safetensors                an object in S3 or another store of its kind
+  Tokens, endpoints and the cache are those of the HF_* and AWS_* variables.
 
 Exit status:
   0    done
