@@ -27,7 +27,7 @@ pub(super) fn run(args: &ReportArgs, context: &mut Context) -> Result<ExitStatus
     }
     let control = interrupt::control();
     let progress = context.out.progress(paths.len());
-    let open = |i: usize| Input::open(&found.inputs[i]).map(Arc::new);
+    let open = |i: usize| found.inputs[i].open(Some(&progress)).map(Arc::new);
     let library = survey(&registry, &paths, open, &how, &control, |_| progress.count());
     drop(progress);
     let library = library?;
