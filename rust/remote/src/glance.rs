@@ -140,7 +140,7 @@ mod tests {
     fn near_ranges_are_read_at_once() {
         let far = 10 * REQUEST;
         assert_eq!(joined(vec![far..far + 4, 0..4, 8..12]), [0..12, far..far + 4]);
-        assert_eq!(joined(vec![0..100, 10..20]), [0..100]);
+        assert_eq!(joined(vec![0..100, 10..20, far..far]), [0..100, far..far]);
         assert_eq!(cost(&joined(vec![0..4, far..far + 4])), 8 + 2 * REQUEST);
     }
 }

@@ -83,7 +83,7 @@ impl Http {
             let status = response.status();
             if status.is_server_error() || matches!(status.as_u16(), 408 | 429) {
                 let error = Error::new(Code::Server, format!("{} answered {status}", place(&url)));
-                return Err(Trouble::Passing(error, retry_after(response.headers())));
+                return Err(Trouble::Passing(Box::new(error), retry_after(response.headers())));
             }
             let target = response.headers().get(LOCATION).filter(|_| status.is_redirection());
             let Some(target) = target.and_then(|t| t.to_str().ok()).and_then(|t| url.join(t).ok()) else {
@@ -112,11 +112,11 @@ pub(crate) fn unreachable(error: &reqwest::Error, url: &Url) -> Trouble {
     }
     let what = if error.is_connect() { "cannot connect to" } else { "lost the connection to" };
     let message = format!("{what} {}: {}", place(url), causes(error));
-    Trouble::Passing(Error::new(Code::Network, message), None)
+    Trouble::passing(Error::new(Code::Network, message))
 }
 
 fn silent(url: &Url) -> Trouble {
-    Trouble::Passing(Error::new(Code::Network, format!("{} did not answer in time", place(url))), None)
+    Trouble::passing(Error::new(Code::Network, format!("{} did not answer in time", place(url))))
 }
 
 /// The server of an address, without what could be secret in the rest.

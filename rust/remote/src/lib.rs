@@ -41,9 +41,12 @@ struct Inner {
     buckets: OnceLock<Buckets>,
 }
 
+/// Values by names.
+type Lookup = dyn Fn(&str) -> Option<String> + Send + Sync;
+
 /// The environment, as a function of names; empty values count as unset.
 #[derive(Clone)]
-pub(crate) struct Env(Arc<dyn Fn(&str) -> Option<String> + Send + Sync>);
+pub(crate) struct Env(Arc<Lookup>);
 
 impl Env {
     pub(crate) fn get(&self, name: &str) -> Option<String> {

@@ -16,16 +16,23 @@ const RETRIES: u32 = 5;
 /// A failure, and whether it may pass.
 pub(crate) enum Trouble {
     /// It may; after the pause that the server asks for, if it asks for one.
-    Passing(Error, Option<Duration>),
+    Passing(Box<Error>, Option<Duration>),
     /// As before, but there was progress since the last one: the count begins again.
-    Progress(Error),
+    Progress(Box<Error>),
     /// It will not.
-    Final(Error),
+    Final(Box<Error>),
+}
+
+impl Trouble {
+    /// It may pass, after the usual pause.
+    pub(crate) fn passing(error: Error) -> Self {
+        Trouble::Passing(Box::new(error), None)
+    }
 }
 
 impl From<Error> for Trouble {
     fn from(error: Error) -> Self {
-        Trouble::Final(error)
+        Trouble::Final(Box::new(error))
     }
 }
 
@@ -44,7 +51,7 @@ impl Retries {
         loop {
             let (error, asked) = match work().await {
                 Ok(value) => return Ok(value),
-                Err(Trouble::Final(error)) => return Err(error),
+                Err(Trouble::Final(error)) => return Err(*error),
                 Err(Trouble::Passing(error, asked)) => (error, asked),
                 Err(Trouble::Progress(error)) => {
                     failed = 0;
@@ -52,7 +59,7 @@ impl Retries {
                 }
             };
             if failed >= self.0 {
-                return Err(error);
+                return Err(*error);
             }
             tokio::time::sleep(asked.unwrap_or_else(|| pause(failed)).min(Duration::from_secs(60))).await;
             failed += 1;
@@ -99,13 +106,13 @@ mod tests {
 
     #[test]
     fn what_may_pass_is_tried_again_and_not_for_ever() {
-        let passing = || Trouble::Passing(error(), Some(Duration::ZERO));
+        let passing = || Trouble::Passing(Box::new(error()), Some(Duration::ZERO));
         assert!(matches!(run(2, vec![passing(), passing()]), (Ok(()), 3)));
         assert!(matches!(run(1, vec![passing(), passing()]), (Err(_), 2)));
         assert!(matches!(run(0, vec![passing()]), (Err(_), 1)));
-        assert!(matches!(run(5, vec![Trouble::Final(error())]), (Err(_), 1)));
+        assert!(matches!(run(5, vec![error().into()]), (Err(_), 1)));
         // After progress the count begins again.
-        assert!(matches!(run(1, vec![passing(), Trouble::Progress(error())]), (Ok(()), 3)));
+        assert!(matches!(run(1, vec![passing(), Trouble::Progress(Box::new(error()))]), (Ok(()), 3)));
     }
 
     #[test]

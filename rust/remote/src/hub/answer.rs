@@ -60,7 +60,7 @@ pub(super) async fn text(response: Response, url: &Url) -> Result<String, Troubl
         }
     }
     if length.is_some_and(|length| length != bytes.len() as u64) {
-        return Err(Trouble::Passing(Error::new(Code::Network, "the hub's answer was cut off"), None));
+        return Err(Trouble::passing(Error::new(Code::Network, "the hub's answer was cut off")));
     }
     String::from_utf8(bytes).map_err(|_| Error::new(Code::Server, "the hub's answer is no text").into())
 }
@@ -80,7 +80,7 @@ pub(super) async fn window(response: Response, url: &Url, start: u64, range: &Ra
     }
     if bytes.len() < wanted || start > range.start {
         let message = format!("{} of {wanted} bytes arrived", bytes.len());
-        return Err(Trouble::Passing(Error::new(Code::Network, message), None));
+        return Err(Trouble::passing(Error::new(Code::Network, message)));
     }
     Ok(bytes)
 }

@@ -84,7 +84,7 @@ impl Hub {
         let check = std::mem::replace(&mut state.check, Check::new(&pinned.etag, pinned.size));
         check.finish().or_else(|error| {
             state.part.clear()?;
-            Err(Trouble::Passing(error, None))
+            Err(Trouble::passing(error))
         })
     }
 }
@@ -108,5 +108,5 @@ impl State<'_> {
 }
 
 fn passing(code: Code, message: impl Into<String>) -> Trouble {
-    Trouble::Passing(Error::new(code, message), None)
+    Trouble::passing(Error::new(code, message))
 }

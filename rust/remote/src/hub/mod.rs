@@ -118,7 +118,7 @@ impl Hub {
                     self.remember(&response, at);
                     return Err(refused(&response, at).into());
                 }
-                pinned(at, response.headers(), response.status().is_redirection()).map_err(Trouble::Final)
+                pinned(at, response.headers(), response.status().is_redirection()).map_err(Trouble::from)
             })
             .await
     }

@@ -124,7 +124,7 @@ impl Buckets {
                 }
                 before = Some(fetched);
                 let error = Error::new(Code::CorruptDownload, "its MD5 is not the one that the store promised");
-                Err(Trouble::Passing(error, None))
+                Err(Trouble::passing(error))
             })
             .await?;
         Ok(Local::Temporary(fetched.temp.into_temp_path()))
@@ -142,10 +142,10 @@ impl Buckets {
         let work = async || {
             let result = bucket.store.get_opts(&location, options.clone()).await;
             let bytes = result.map_err(|e| bucket.explained(&e, at))?.bytes().await;
-            let bytes = bytes.map_err(|e| Trouble::Passing(bucket.explained(&e, at), None))?;
+            let bytes = bytes.map_err(|e| Trouble::passing(bucket.explained(&e, at)))?;
             if bytes.len() as u64 != range.end - range.start {
                 let error = Error::new(Code::Network, format!("{} bytes of {range:?} arrived", bytes.len()));
-                return Err(Trouble::Passing(error, None));
+                return Err(Trouble::passing(error));
             }
             Ok(bytes.to_vec())
         };
@@ -199,7 +199,7 @@ impl Bucket {
         control.expect(size as usize);
         let (mut stream, mut md5, mut length) = (result.into_stream(), Md5::new(), 0);
         while let Some(chunk) = stream.next().await {
-            let chunk = chunk.map_err(|e| Trouble::Passing(self.explained(&e, at), None))?;
+            let chunk = chunk.map_err(|e| Trouble::passing(self.explained(&e, at)))?;
             temp.write_all(&chunk).map_err(|e| Error::io(&path, "write a temporary file", e))?;
             md5.update(&chunk);
             length += chunk.len() as u64;
@@ -207,7 +207,7 @@ impl Bucket {
         }
         if length != size {
             let error = Error::new(Code::Network, format!("{length} of {size} bytes arrived"));
-            return Err(Trouble::Passing(error, None));
+            return Err(Trouble::passing(error));
         }
         Ok(Fetched { temp, md5: md5.finalize().into(), etag })
     }
