@@ -1,6 +1,6 @@
 //! What a dialect calls the modules of an adapter.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::adapter::{Adapter, Address, ModuleKey};
 use crate::kind::{Kind, Module, Slot};
@@ -45,11 +45,11 @@ pub(super) fn path(
     }
 }
 
-/// The keys that an adapter would have in a dialect, of those modules that have a name there; `plain` tells which of
-/// them are made plain LoRA on the way. Reads no tensor.
-pub(crate) fn keys(adapter: &Adapter, dialect: &Dialect, plain: impl Fn(&Module) -> bool) -> BTreeSet<String> {
+/// The keys that an adapter would have in a dialect, one in a line, of those modules that have a name there; `plain`
+/// tells which of them are made plain LoRA on the way. Reads no tensor. Keys of parts that are joined come repeatedly.
+pub(crate) fn keys(adapter: &Adapter, dialect: &Dialect, plain: impl Fn(&Module) -> bool) -> String {
     let mut known: BTreeMap<(usize, usize, Option<usize>, usize), Option<(usize, Option<usize>)>> = BTreeMap::new();
-    let mut out = BTreeSet::new();
+    let mut out = String::new();
     for (key, placed) in &adapter.modules {
         let Some(place) = dialect.place(adapter.family, key.component) else { continue };
         let address = &placed.address;
@@ -61,28 +61,22 @@ pub(crate) fn keys(adapter: &Adapter, dialect: &Dialect, plain: impl Fn(&Module)
         let base = place.key(&path(place, row, part, &address.variables, key));
         let speller = adapter.registry.speller(dialect, place);
         let param = row.params[place.namespace].as_deref();
-        let suffixes = slots(&placed.module, speller, plain(&placed.module)).into_iter();
-        out.extend(suffixes.filter_map(|slot| speller.suffix(slot, param)).map(|suffix| base.clone() + &suffix));
+        for suffix in slots(&placed.module, speller, plain(&placed.module)).filter_map(|s| speller.suffix(s, param)) {
+            out.extend([&base, &suffix, "\n"]);
+        }
     }
     out
 }
 
 /// The slots that a module has in a dialect; those that it has no suffix for are among them.
-fn slots(module: &Module, dialect: &Dialect, plain: bool) -> Vec<Slot> {
-    let own = || module.tensors.keys().copied();
-    let mut slots: Vec<Slot> = match plain {
-        true => [Slot::Down, Slot::Up].into_iter().chain(own().filter(|&slot| slot == Slot::DiffB)).collect(),
-        false => own().collect(),
-    };
-    for slot in &mut slots {
-        if *slot == Slot::DiffB && !dialect.spelling.contains_key(slot) {
-            *slot = Slot::Bias;
-        }
-    }
-    let lora = plain || module.kind == Kind::Lora;
+fn slots<'a>(module: &'a Module, dialect: &'a Dialect, plain: bool) -> impl Iterator<Item = Slot> + 'a {
+    let factors: &[Slot] = if plain { &[Slot::Down, Slot::Up] } else { &[] };
+    let own = module.tensors.keys().copied().filter(move |&slot| !plain || slot == Slot::DiffB);
     let scaled = plain || module.rank().is_some() || module.alpha.is_some();
-    if scaled && (dialect.alpha == AlphaPolicy::Tensor || !lora) {
-        slots.push(Slot::Alpha);
-    }
-    slots
+    let alpha = scaled && (dialect.alpha == AlphaPolicy::Tensor || !plain && module.kind != Kind::Lora);
+    let spelled = |slot| match slot {
+        Slot::DiffB if !dialect.spelling.contains_key(&slot) => Slot::Bias,
+        slot => slot,
+    };
+    factors.iter().copied().chain(own.map(spelled)).chain(alpha.then_some(Slot::Alpha))
 }

@@ -52,8 +52,8 @@ struct Form<'a> {
     dialect: usize,
     /// The kinds of its modules.
     kinds: &'a BTreeSet<&'a str>,
-    /// Its keys, worked out where a rule asks for them.
-    keys: OnceCell<BTreeSet<String>>,
+    /// Its keys, one in a line, worked out where a rule asks for them.
+    keys: OnceCell<String>,
 }
 
 impl<'a> Form<'a> {
@@ -80,10 +80,8 @@ impl<'a> Forms<'a> {
         let dialects: Vec<usize> = (0..all.len()).filter(named).collect();
         let written = |kinds| dialects.iter().map(|&d| Form::new(d, kinds)).collect();
         let own = adapter.detection.dialect.map(|d| {
-            let form = Form::new(d, kinds);
-            let names = adapter.source.tensors().iter().map(|t| t.name.clone());
-            form.keys.get_or_init(|| names.collect());
-            form
+            let names: Vec<&str> = adapter.source.tensors().iter().map(|t| t.name.as_str()).collect();
+            Form { keys: OnceCell::from(names.join("\n")), ..Form::new(d, kinds) }
         });
         Self { adapter, own, held: written(kinds), plain: written(plain) }
     }
@@ -116,9 +114,7 @@ impl<'a> Forms<'a> {
     fn says(&self, program: &Program, form: &Form<'_>, made: fn(&Module) -> bool) -> Option<(Answer, String)> {
         let dialect = &self.adapter.registry.dialects[form.dialect];
         let family = &self.adapter.family_table().name;
-        let has = |text: &str| {
-            form.keys.get_or_init(|| keys(self.adapter, dialect, made)).iter().any(|key| key.contains(text))
-        };
+        let has = |text: &str| form.keys.get_or_init(|| keys(self.adapter, dialect, made)).contains(text);
         let rules = form.kinds.iter().filter_map(|kind| program.rule(&dialect.name, family, kind, has));
         rules.min_by_key(|rule| rule.answer).map(|rule| (rule.answer, rule.text()))
     }
