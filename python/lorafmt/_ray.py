@@ -11,6 +11,7 @@ address is fetched once to each machine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from . import _lorafmt
+from . import _lorafmt, hub, storage
 from ._batch import BatchReport, FileProgress, local, records, report
 from ._sources import usage_error
 from .base import BaseLike, native_base
@@ -168,12 +169,21 @@ def _shard(options: dict[str, Any], base: str | None, entries: list[str], past: 
 
 
 def _on_this_machine(base: BaseLike | None) -> BaseLike | None:
-    """A base that is an address, fetched to this machine's cache; every other one is opened where it is."""
-    if not isinstance(base, str) or "://" not in base:
+    """A base that is an address, fetched to this machine once; every other one is opened where it is."""
+    address = _lorafmt.address(base, False) if isinstance(base, str) and not os.path.exists(base) else None
+    if not isinstance(base, str) or address is None:
         return base
-    from .storage import cached
-
-    return cached(base)
+    if address[0] == "hf":
+        _, repo, revision, path = address
+        return hub.fetch(repo, revision, path, {})[0]
+    place = Path(tempfile.gettempdir(), "lorafmt-bases", hashlib.sha256(base.encode()).hexdigest()[:16])
+    kept = place / base.rsplit("/", 1)[-1]
+    if not kept.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            # Tasks that come here at the same time all fetch it; each leaves a whole file.
+            os.replace(storage.fetch(base, folder), kept)
+    return str(kept)
 
 
 def main(arguments: Iterable[str]) -> int:

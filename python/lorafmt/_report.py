@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from . import _lorafmt
 from ._names import Dialect, Family
-from ._sources import native_source, usage_error
+from ._sources import located, usage_error
 from .adapter import Adapter
 from .api import Progress, Source
 from .reports import _Document
@@ -129,16 +130,16 @@ def report(
     Raises:
         LorafmtError: if the page cannot be written, or there are no files.
     """
-    subjects = [_subject(src) for src in _listed(srcs)]
-    if not subjects:
-        raise usage_error("there is nothing to report on", "name at least one adapter file")
     options = json.dumps({"family": family, "from": from_})
     path = None if dst is None else os.fspath(dst)
-    return _library(_lorafmt.report(subjects, path, options, weights, overwrite, progress), path)
-
-
-def _subject(src: Any) -> Any:
-    return src._native if isinstance(src, Adapter) else native_source(src)
+    with ExitStack() as fetched:
+        # What is elsewhere is fetched, and removed when the page is written.
+        subjects = [
+            src._native if isinstance(src, Adapter) else fetched.enter_context(located(src)) for src in _listed(srcs)
+        ]
+        if not subjects:
+            raise usage_error("there is nothing to report on", "name at least one adapter file")
+        return _library(_lorafmt.report(subjects, path, options, weights, overwrite, progress), path)
 
 
 def _listed(srcs: Any) -> list[Any]:

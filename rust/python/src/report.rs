@@ -41,6 +41,7 @@ impl Waiting {
             Waiting::Open(source) => source.path().to_path_buf(),
             Waiting::Closed(prepared) => match prepared.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
                 Some(Prepared::Path(path)) => path.clone(),
+                Some(Prepared::Fetched(_, address, _)) => PathBuf::from(address),
                 Some(Prepared::Content(..)) => Path::new("<bytes>").to_path_buf(),
                 Some(Prepared::Tensors(..)) | None => Path::new("<dict>").to_path_buf(),
             },

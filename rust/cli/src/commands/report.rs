@@ -9,7 +9,7 @@ use lorafmt_core::{Error, Result, page};
 use super::Context;
 use crate::args::ReportArgs;
 use crate::output::{Surveyed, binary};
-use crate::sources::{self, Input};
+use crate::sources;
 use crate::targets::{self, Goal};
 use crate::{ExitStatus, interrupt};
 
