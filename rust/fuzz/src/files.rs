@@ -98,8 +98,8 @@ fn parts() -> &'static [Part] {
         let mut parts = Vec::new();
         for (f, family) in registry.families.iter().enumerate() {
             for (c, component) in family.components.iter().enumerate() {
-                let places = registry.dialects.iter().flat_map(|d| &d.places);
-                let places = places.filter(|p| (p.family, p.component) == (f, c));
+                let places = registry.dialects.iter().flat_map(|d| d.places.of(f));
+                let places = places.filter(|p| p.component == c);
                 let prefixes: BTreeSet<String> =
                     places.flat_map(|p| p.also.iter().chain([&p.prefix])).cloned().collect();
                 parts.push(Part { component: component.clone(), prefixes: prefixes.into_iter().collect() });

@@ -87,7 +87,7 @@ type Tensors = Vec<(TensorInfo, Bytes)>;
 fn file(decisions: &mut Decisions<'_>, registry: &Registry, dialect: &Dialect, family: usize) -> (Tensors, bool) {
     let (mut tensors, mut plain, mut seen) = (Tensors::new(), true, BTreeSet::new());
     let (sparse, mixed) = (decisions.once_in(3), decisions.once_in(3));
-    for place in dialect.places.iter().filter(|p| p.write && p.family == family) {
+    for place in dialect.places.of(family).iter().filter(|p| p.write) {
         let component = &registry.families[family].components[place.component];
         let every = 0..component.namespaces.len();
         let own = place.namespace..place.namespace + 1;

@@ -118,7 +118,7 @@ impl Listing {
     }
 
     /// Goes on adding at the end.
-    fn to_end(&mut self) -> Result<()> {
+    fn go_on(&mut self) -> Result<()> {
         let fail = |e| Error::io(&std::env::temp_dir(), "list the sources", e);
         self.file.seek(SeekFrom::End(0)).map(drop).map_err(fail)
     }
@@ -326,7 +326,7 @@ impl Lister<'_> {
         self.writer.flush().map_err(|e| Error::io(&std::env::temp_dir(), "list the sources", e))?;
         let other = self.listing.entries()?.nth(other as usize).transpose()?;
         // The list is read through the same open file that is added to.
-        self.listing.to_end()?;
+        self.listing.go_on()?;
         match other {
             Some(other) if other.source == entry.source => Ok(()),
             other => {

@@ -48,7 +48,10 @@ pub(super) fn path(
 /// The keys that an adapter would have in a dialect, one in a line, of those modules that have a name there; `plain`
 /// tells which of them are made plain LoRA on the way. Reads no tensor. Keys of parts that are joined come repeatedly.
 pub(crate) fn keys(adapter: &Adapter, dialect: &Dialect, plain: impl Fn(&Module) -> bool) -> String {
-    let mut known: BTreeMap<(usize, usize, Option<usize>, usize), Option<(usize, Option<usize>)>> = BTreeMap::new();
+    // Many modules are of one row: component, row, part and namespace, and where those are in the target.
+    type Own = (usize, usize, Option<usize>, usize);
+    type There = Option<(usize, Option<usize>)>;
+    let mut known: BTreeMap<Own, There> = BTreeMap::new();
     let mut out = String::new();
     for (key, placed) in &adapter.modules {
         let Some(place) = dialect.place(adapter.family, key.component) else { continue };

@@ -111,7 +111,7 @@ fn prefixes(registry: &Registry, family: usize) -> String {
     let mut rows = Vec::new();
     for (c, component) in registry.families[family].components.iter().enumerate() {
         for dialect in &registry.dialects {
-            for place in dialect.places.iter().filter(|p| (p.family, p.component) == (family, c)) {
+            for place in dialect.places.of(family).iter().filter(|p| p.component == c) {
                 rows.push(vec![
                     code(&component.name),
                     places::link("../", dialect),

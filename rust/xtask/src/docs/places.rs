@@ -45,7 +45,7 @@ pub(super) fn families(registry: &Registry) -> Vec<usize> {
 pub(super) fn groups<'r>(registry: &'r Registry, dialect: &'r Dialect) -> Vec<Group<'r>> {
     let first = families(registry);
     let mut out: Vec<Group<'r>> = Vec::new();
-    for place in dialect.places.iter().filter(|p| first.contains(&p.family)) {
+    for place in dialect.places.all().filter(|p| first.contains(&p.family)) {
         let namespace =
             registry.families[place.family].components[place.component].namespaces[place.namespace].as_str();
         let same = |g: &&mut Group<'r>| {
