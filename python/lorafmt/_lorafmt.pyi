@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Adapter", "Base", "Plan", "address", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "run", "unfuse", "write"]
+__all__ = ["__version__", "Adapter", "Base", "Plan", "address", "batch", "batch_plan", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "report", "run", "unfuse", "write"]
 
 __version__: Final[str]
 
@@ -113,6 +113,16 @@ def address(text: str, repository: bool) -> tuple[str, str, str | None, str] | N
     With `repository` a bare `user/repo` is one, too.
     """
 
+def batch(options: str, base: Base | None = None, progress: Any | None = None) -> str:
+    """
+    Works through a library and returns the summary.
+    """
+
+def batch_plan(options: str, base: Base | None = None) -> list[str]:
+    """
+    The plan of a library: the JSON of an entry for each file. Nothing is written.
+    """
+
 def check(source: bytes | str | PathLike[str] | tuple[str | PathLike[str], str, bool] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]], options: str = "{}") -> str:
     """
     Checks structure, pairs, shapes, names and values; JSON.
@@ -176,6 +186,12 @@ def plan(terms: SupportsGetItem[int, tuple[Adapter, str | None]], options: str, 
 def register_table(text: str) -> None:
     """
     Adds a table (TOML text) for this process; an equal name replaces.
+    """
+
+def report(subjects: SupportsGetItem[int, Adapter | bytes | str | PathLike[str] | tuple[str | PathLike[str], str, bool] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]]], path: str | PathLike[str] | None, options: str, weights: bool, overwrite: bool, progress: Any | None = None) -> str:
+    """
+    Reads adapters, writes a page of them, if there is a path, and returns the data as JSON. `progress(done, total)` counts
+    files.
     """
 
 def run(args: SupportsGetItem[int, str]) -> int:

@@ -72,7 +72,7 @@ codes! {
     AmbiguousFamily "ambiguous-family" Format "Several model families fit and would give different results." "add `--family NAME`";
     ShapeMismatch "shape-mismatch" Format "A tensor does not have the shape that its module needs." "the file belongs to another model, or is damaged; `lorafmt inspect` shows what it looks like";
     InvalidDtype "invalid-dtype" Format "A factor is stored as integers or booleans." "factors are floating point; save the file again with its trainer";
-    NotAnAdapter "not-an-adapter" Format "The file holds whole weights, as a model does, or other things." "name an adapter file; a model is no adapter";
+    NotAnAdapter "not-an-adapter" Format "The file holds whole weights, as a model does." "name an adapter file; a model is no adapter";
     UnpairedModule "unpaired-module" Format "A module lacks one of the tensors that belong together." "the file is incomplete; save it again with its trainer";
     RankMismatch "rank-mismatch" Format "Up and down factors of a module have different ranks." "the file is damaged, or two files were mixed";
     InvalidAlpha "invalid-alpha" Format "An alpha is NaN, infinite or no number." "repair the alpha with the trainer that wrote the file";

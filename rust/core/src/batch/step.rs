@@ -87,6 +87,12 @@ impl Step {
         }
     }
 
+    /// Whether a file that no family explains is anything but an adapter: a model, a VAE, embeddings.
+    pub(super) fn is_something_else(&self, source: &Path) -> bool {
+        let tensors = |source: Source| source.tensors().iter().any(|t| self.registry.is_adapters(&t.name));
+        matches!(self.work, Work::Each | Work::Complete(_)) && Source::open(source).is_ok_and(|s| !tensors(s))
+    }
+
     fn open(&self, source: &Path) -> Result<Adapter> {
         convert::open(&self.registry, Source::open(source)?, &self.options, self.base.clone())
     }

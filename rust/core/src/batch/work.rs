@@ -384,10 +384,17 @@ impl Runner<'_> {
         let path = source.path(&entry.source);
         let alone = entry.size < WIDE || self.left.load(Ordering::Relaxed) + 1 >= self.workers.min(self.cores as u64);
         let write = || self.write(path, &record.output, control);
-        match self.wide.get_or_init(|| ThreadPoolBuilder::new().num_threads(self.cores).build().ok()) {
-            Some(pool) if !alone => pool.install(write),
-            _ => write(),
-        }
+        let wide = || self.wide.get_or_init(|| ThreadPoolBuilder::new().num_threads(self.cores).build().ok());
+        let made = match if alone { None } else { wide().as_ref() } {
+            Some(pool) => pool.install(write),
+            None => write(),
+        };
+        made.map_err(|error| match error.code() {
+            Code::UnknownFamily if self.step.is_something_else(path) => {
+                Error::new(Code::NotAnAdapter, "no key is named as those of adapters are")
+            }
+            _ => error,
+        })
     }
 
     fn write(&self, source: &Path, output: &str, control: &Control) -> Result<Made> {

@@ -328,9 +328,10 @@ impl Registry {
         })
     }
 
-    /// Whether a key ends as those of adapters do.
-    pub(crate) fn has_suffix(&self, key: &str) -> bool {
-        self.suffixes.iter().any(|suffix| !suffix.head.is_empty() && suffix.strip(key).is_some())
+    /// Whether a key looks like one of an adapter, of whatever dialect: it ends as theirs do, or says so in its name.
+    pub(crate) fn is_adapters(&self, key: &str) -> bool {
+        let ends = |suffix: &Suffix| !suffix.head.is_empty() && suffix.strip(key).is_some();
+        key.to_ascii_lowercase().contains("lora") || self.suffixes.iter().any(ends)
     }
 
     /// Reads a key as one of a family's.
