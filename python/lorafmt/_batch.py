@@ -147,8 +147,8 @@ def batch(
             ``hf://user/repo``).
         out_dir: where outputs go, in the folders that their sources were found in; also ``s3://``.
         to: the dialect to write.
-        op: ``convert``; ``resize`` to ``rank``, ``energy`` or ``max_error``; ``normalize`` to ``rank`` and the modules of
-            ``like``; ``compose``, for which the sources are recipes.
+        op: ``convert``; ``resize`` to ``rank``, ``energy`` or ``max_error``; ``normalize`` to ``rank`` and the modules
+            of ``like``; ``compose``, for which the sources are recipes.
         name: how outputs are called: ``{dir}/{stem}.{ending}.safetensors``.
         files_from: files with further sources, one a line.
         manifest: the file of records, ``manifest.jsonl`` in ``out_dir`` by default.

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["__version__", "Adapter", "Base", "Plan", "address", "batch", "batch_plan", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "report", "run", "unfuse", "write"]
+__all__ = ["__version__", "Adapter", "Base", "Plan", "address", "batch", "batch_plan", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "report", "run", "tables", "unfuse", "write"]
 
 __version__: Final[str]
 
@@ -197,6 +197,11 @@ def report(subjects: SupportsGetItem[int, Adapter | bytes | str | PathLike[str] 
 def run(args: SupportsGetItem[int, str]) -> int:
     """
     Runs the command line and returns the exit code.
+    """
+
+def tables() -> list[str]:
+    """
+    The tables that were added, as text, in their order.
     """
 
 def unfuse(fused: str | PathLike[str], undo: str | PathLike[str], path: str | PathLike[str], dry_run: bool, overwrite: bool, progress: Any | None = None) -> str:

@@ -2,11 +2,11 @@
 
 The driver lists the library once; its plan is cut into shards, and a shard is a Ray task that works through its entries
 as a run on one machine does. A task is given what the manifest knows of its entries and returns the records that it
-adds, which the driver appends: so a run is resumed like a local one, whatever the machines. Ray starts a task again when
-its worker is lost; outputs that the lost one had finished are then found equal and kept.
+adds, which the driver appends: so a run is resumed like a local one, whatever the machines. Ray starts a task again
+when its worker is lost; outputs that the lost one had finished are then found equal and kept.
 
-Sources and outputs must be reachable under one name from everywhere: a shared file system, or a store. A base that is an
-address is fetched once to each machine.
+Sources and outputs must be reachable under one name from everywhere: a shared file system, or a store. A base that is
+an address is fetched once to each machine.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def _drive(
     progress: FileProgress | None,
 ) -> dict[str, Any]:
     task = ray.remote(num_cpus=1, max_retries=RETRIES)(_shard)
+    tables = ray.put(_lorafmt.tables())
     known = _known(manifest)
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting, running = deque(plan), {}
@@ -95,7 +96,9 @@ def _drive(
                     count = max(1, min(size, len(waiting) // (cores * IN_FLIGHT) or 1))
                     shard = [waiting.popleft() for _ in range(min(count, len(waiting)))]
                     past = [known[key] for key in map(_source, shard) if key in known]
-                    running[task.remote(options, base, shard, "".join(line for lines in past for line in lines))] = shard
+                    running[
+                        task.remote(tables, options, base, shard, "".join(line for lines in past for line in lines))
+                    ] = shard
                 if not running:
                     break
                 ready, _ = ray.wait(list(running), timeout=1.0)
@@ -154,8 +157,14 @@ def _whole_lines(manifest: Path) -> None:
             file.truncate(text.rfind(b"\n") + 1)
 
 
-def _shard(options: dict[str, Any], base: str | None, entries: list[str], past: str) -> tuple[str, dict[str, Any]]:
+def _shard(
+    tables: list[str], options: dict[str, Any], base: str | None, entries: list[str], past: str
+) -> tuple[str, dict[str, Any]]:
     """One task: works through entries, and returns the records that it added and the summary."""
+    for table in tables:
+        # A process of Ray's serves many tasks.
+        if table not in _lorafmt.tables():
+            _lorafmt.register_table(table)
     with tempfile.TemporaryDirectory() as folder:
         plan, manifest = Path(folder, "plan.jsonl"), Path(folder, "manifest.jsonl")
         plan.write_text("".join(entry + "\n" for entry in entries), encoding="utf-8")

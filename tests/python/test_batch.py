@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 import lorafmt
 
 
-
 def adapter(path: Path, seed: int = 0) -> Path:
     """A FLUX.1 file of one layer."""
     path.parent.mkdir(parents=True, exist_ok=True)

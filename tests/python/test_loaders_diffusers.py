@@ -61,7 +61,7 @@ def test_fixture_does_as_the_table_says(name: str) -> None:
         # PEFT takes a second for each such layer.
         modules = sorted({key.rsplit(".", 1)[0] for key in listing})[:3]
         listing = {key: shape for key, shape in listing.items() if key.rsplit(".", 1)[0] in modules}
-    # Of families that explain it alike, the listing names the right one; sizes of one model may be families of their own.
+    # Of families that explain it alike, the listing names the right one; sizes of one model may be families.
     family = FIXTURES[name]["family"].replace("_", "-")
     alike = lorafmt.detect(loads.marked(listing)[0]).families
     check(listing, family if family in alike else None)

@@ -63,6 +63,12 @@ fn register_table(py: Python<'_>, text: String) -> PyResult<()> {
     })
 }
 
+/// The tables that were added, as text, in their order.
+#[pyfunction]
+fn tables() -> Vec<String> {
+    TABLES.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+}
+
 fn to_json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).unwrap_or_else(|e| format!("{{\"error\":\"{e}\"}}"))
 }
@@ -335,7 +341,7 @@ mod _lorafmt {
     #[pymodule_export]
     use super::{
         Adapter, Base, Plan, check, completed, components, converted, diff, error_codes, expand_adapter, formats,
-        native_dialect, plan, register_table, run, write,
+        native_dialect, plan, register_table, run, tables, write,
     };
 
     #[pymodule_export]

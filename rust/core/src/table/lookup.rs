@@ -330,7 +330,9 @@ impl Registry {
 
     /// Whether a key looks like one of an adapter, of whatever dialect: it ends as theirs do, or says so in its name.
     pub(crate) fn is_adapters(&self, key: &str) -> bool {
-        let ends = |suffix: &Suffix| !suffix.head.is_empty() && suffix.strip(key).is_some();
+        // Bare parameters are what models have, too.
+        let own = |suffix: &Suffix| !suffix.head.is_empty() && suffix.head != ".weight";
+        let ends = |suffix: &Suffix| own(suffix) && suffix.strip(key).is_some();
         key.to_ascii_lowercase().contains("lora") || self.suffixes.iter().any(ends)
     }
 
