@@ -64,9 +64,7 @@ fn examples_are_understood() {
 #[test]
 fn what_comes_later_is_not_advertised() {
     let help = Place::new().ok(&["--help"]).out;
-    for later in ["quantize"] {
-        assert!(!help.lines().any(|l| l.split_whitespace().any(|word| word == later)), "{later}");
-    }
+    assert!(!help.contains("quantize"));
 }
 
 #[test]
