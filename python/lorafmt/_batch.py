@@ -94,10 +94,11 @@ def to_parquet(manifest: Path_, path: Path_) -> None:
         raise usage_error("Parquet takes pyarrow", "pip install pyarrow") from None
     columns = {
         "outcome": pyarrow.string(), "source": pyarrow.string(), "size": pyarrow.int64(), "version": pyarrow.string(),
-        "hash": pyarrow.string(), "step": pyarrow.string(), "dialect": pyarrow.string(), "family": pyarrow.string(),
-        "kind": pyarrow.string(), "ranks": pyarrow.list_(pyarrow.int64()), "output": pyarrow.string(),
-        "output_hash": pyarrow.string(), "bytes": pyarrow.int64(), "duplicate_of": pyarrow.string(),
-        "seconds": pyarrow.float64(), "warnings": pyarrow.string(), "error": pyarrow.string(),
+        "beside": pyarrow.string(), "hash": pyarrow.string(), "step": pyarrow.string(), "dialect": pyarrow.string(),
+        "family": pyarrow.string(), "kind": pyarrow.string(), "ranks": pyarrow.list_(pyarrow.int64()),
+        "output": pyarrow.string(), "output_hash": pyarrow.string(), "bytes": pyarrow.int64(),
+        "duplicate_of": pyarrow.string(), "seconds": pyarrow.float64(), "warnings": pyarrow.string(),
+        "error": pyarrow.string(),
     }  # fmt: skip
     rows = records(manifest)
     for row in rows:

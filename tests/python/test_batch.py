@@ -198,7 +198,8 @@ def test_links_loops_and_hidden_files(library: Path, tmp_path: Path) -> None:
     (library / "dangling.safetensors").symlink_to(library / "nowhere")
     adapter(library / ".cache/h.safetensors")
     report = lorafmt.batch(library, tmp_path / "out", to="diffusers")
-    assert report.done + report.linked == 4
+    assert (report.done + report.linked, report.failed) == (4, 1)
+    assert [Path(str(r["source"])).name for r in report.failures] == ["dangling.safetensors"]
     assert not (tmp_path / "out/.cache").exists()
 
 
@@ -291,3 +292,61 @@ def test_an_unfinished_line_is_no_record(library: Path, tmp_path: Path) -> None:
     report = lorafmt.batch(library, out, to="diffusers")
     assert (report.done, report.unchanged) == (1, 2)
     assert len(lines(manifest)) == 3
+
+
+# ---------------------------------------------------------------------------- files beside the sources
+
+
+def peft(folder: Path, alpha: float, seed: int = 0) -> Path:
+    """A PEFT folder of one layer, whose scale is in its configuration alone."""
+    folder.mkdir(parents=True)
+    draw = numpy.random.default_rng(seed)
+    name = "base_model.model.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": draw.random((2, 3072)), f"{name}.lora_B.weight": draw.random((3072, 2))}
+    save_file({k: v.astype(numpy.float32) for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["to_q"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def scale(path: Path) -> float:
+    """What the file's product is, relative to that of the factors made above."""
+    draw = numpy.random.default_rng(0)
+    down, up = draw.random((2, 3072)), draw.random((3072, 2))
+    with lorafmt.open(path) as made:
+        delta = numpy.asarray(made["transformer_blocks.0.attn.to_q"].delta(), numpy.float64)
+    return float(delta.sum() / (up @ down).sum())
+
+
+def test_equal_factors_with_other_configurations_are_other_adapters(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    for place, alpha in (("one", 2), ("half", 1), ("four", 8), ("again", 1)):
+        peft(root / place, alpha)
+    report = lorafmt.batch(root, tmp_path / "out", to="diffusers", workers=1)
+    assert (report.done, report.linked) == (3, 1)
+    for place, wanted in (("one", 1.0), ("half", 0.5), ("four", 4.0), ("again", 0.5)):
+        assert scale(tmp_path / f"out/{place}/adapter_model.diffusers.safetensors") == pytest.approx(wanted, rel=1e-5)
+    # A configuration that has changed makes its adapter anew, and no other.
+    config = root / "four/adapter_config.json"
+    config.write_text(config.read_text().replace("8", "6"))
+    report = lorafmt.batch(root, tmp_path / "out", to="diffusers", workers=1)
+    assert (report.done + report.linked, report.unchanged) == (1, 3)
+    assert scale(tmp_path / "out/four/adapter_model.diffusers.safetensors") == pytest.approx(3.0, rel=1e-5)
+
+
+def test_recipes_are_followed_to_their_adapters(library: Path, tmp_path: Path) -> None:
+    text = "loras:\n  - {path: a.safetensors, strength: 0.5}\n"
+    for place, seed in (("one", 1), ("two", 2)):
+        adapter(tmp_path / "recipes" / place / "a.safetensors", seed)
+        (tmp_path / "recipes" / place / "r.yaml").write_text(text)
+    out = tmp_path / "out"
+    report = lorafmt.batch(tmp_path / "recipes", out, op="compose", to="diffusers")
+    # Equal texts about different files.
+    assert (report.done, report.linked) == (2, 0)
+    one, two = (out / place / "r.diffusers.safetensors" for place in ("one", "two"))
+    assert one.read_bytes() != two.read_bytes()
+    before = one.read_bytes()
+    adapter(tmp_path / "recipes/one/a.safetensors", 3)
+    report = lorafmt.batch(tmp_path / "recipes", out, op="compose", to="diffusers")
+    assert (report.done, report.unchanged) == (1, 1)
+    assert one.read_bytes() != before

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use lorafmt_core::io::{Source, Store};
+use lorafmt_core::io::{self, Source, Store};
 use lorafmt_core::{Code, Error, Result};
 use lorafmt_remote::{Address, Remote, is_remote};
 
@@ -166,41 +166,17 @@ fn is_adapter(path: &Path) -> bool {
 }
 
 fn walk(root: &Path, skip: Option<&Path>) -> Vec<Input> {
-    let skip = skip.and_then(|s| s.canonicalize().ok()).filter(|s| root.canonicalize().is_ok_and(|r| r != *s));
-    let mut builder = ignore::WalkBuilder::new(root);
-    builder.standard_filters(false).hidden(true).follow_links(true).sort_by_file_name(Ord::cmp);
-    builder.filter_entry(move |entry| {
-        let skipped = |s: &PathBuf| entry.path().is_dir() && entry.path().canonicalize().is_ok_and(|p| p == *s);
-        !skip.as_ref().is_some_and(skipped)
-    });
-    let mut found = Vec::new();
-    for entry in builder.build() {
-        match entry {
-            Ok(entry) if is_adapter(entry.path()) && entry.file_type().is_some_and(|t| t.is_file()) => {
-                let path = entry.into_path();
-                let below = path.parent().and_then(|p| p.strip_prefix(root).ok()).unwrap_or(Path::new(""));
-                found.push(Input { below: below.to_path_buf(), path, problem: None });
-            }
-            Ok(_) => {}
-            Err(error) => found.extend(unreadable(&error, is_adapter)),
+    let input = |found| match found {
+        io::Found::File(path) if is_adapter(&path) => {
+            let below = path.parent().and_then(|p| p.strip_prefix(root).ok()).unwrap_or(Path::new(""));
+            Some(Input { below: below.to_path_buf(), path, problem: None })
         }
-    }
-    found
-}
-
-/// A folder that cannot be listed is an input that fails. Loops and dangling links of other files are none.
-fn unreadable(error: &ignore::Error, is_adapter: impl Fn(&Path) -> bool) -> Option<Input> {
-    let kind = error.io_error()?.kind();
-    let path = path_of(error)?;
-    let matters = kind != ErrorKind::NotFound || is_adapter(path);
-    matters.then(|| Input { path: path.to_path_buf(), below: PathBuf::new(), problem: Some(kind) })
-}
-
-fn path_of(error: &ignore::Error) -> Option<&Path> {
-    match error {
-        ignore::Error::WithPath { path, .. } => Some(path),
-        ignore::Error::WithDepth { err, .. } | ignore::Error::WithLineNumber { err, .. } => path_of(err),
-        ignore::Error::Loop { .. } => None,
-        _ => None,
-    }
+        io::Found::File(_) => None,
+        // A folder that cannot be listed is an input that fails; a link of another file to nowhere is none.
+        io::Found::Unreadable(path, kind) => {
+            let matters = kind != ErrorKind::NotFound || is_adapter(&path);
+            matters.then(|| Input { path, below: PathBuf::new(), problem: Some(kind) })
+        }
+    };
+    io::walk(root, skip).filter_map(input).collect()
 }

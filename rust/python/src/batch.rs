@@ -87,12 +87,13 @@ impl Asked {
         all.filter_map(Value::as_str).map(str::to_owned).collect()
     }
 
-    /// What reads and writes addresses, if there can be any: lists and plans show them only when they are read.
+    /// What reads and writes addresses, if there can be any: lists, plans and recipes show them only when they are read.
     fn store(&self) -> Result<Option<Remote>> {
-        let lists = ["files_from", "plans"].iter().any(|name| !self.list(name).is_empty());
+        let hidden = ["files_from", "plans"].iter().any(|name| !self.list(name).is_empty());
+        let hidden = hidden || self.request.op == Op::Compose;
         let named =
             self.list("sources").iter().chain(self.text("out_dir").map(str::to_owned).iter()).any(|n| is_remote(n));
-        (lists || named).then(Remote::from_env).transpose()
+        (hidden || named).then(Remote::from_env).transpose()
     }
 
     fn listing(&self, store: Option<&dyn Store>) -> Result<(Listing, engine::Step)> {

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::{StreamExt, TryStreamExt};
-use lorafmt_core::io::{Control, MAX_HEADER, Source};
+use lorafmt_core::io::{Control, MAX_HEADER, Source, Store};
 use lorafmt_core::{Error, Result};
 
 use crate::{Address, HubAddress, Remote, S3Address};

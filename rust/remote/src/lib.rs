@@ -107,8 +107,8 @@ impl Remote {
         })
     }
 
-    /// The file as a local one: [`Store::fetch`] with progress, and a way to stop.
-    pub fn fetch_watched(&self, url: &str, control: &Control) -> Result<Local> {
+    /// The file as a local one, whole and of the length that was said.
+    pub fn fetch(&self, url: &str, control: &Control) -> Result<Local> {
         let fetched = match Address::parse(url)? {
             Address::Hub(at) => {
                 let hub = self.hub()?;
@@ -117,13 +117,6 @@ impl Remote {
             Address::S3(at) => self.block(control, self.buckets().fetch(&at, control)),
         };
         fetched.map_err(|e| e.at(Path::new(url)))
-    }
-
-    /// The file, fetched and opened. Its name is its address.
-    pub fn open(&self, url: &str, control: &Control) -> Result<Source> {
-        let url = self.file(url, control)?;
-        let local = self.fetch_watched(&url, control)?;
-        Ok(Source::fetched(Path::new(&url), local)?.with_beside(self.beside(&url)))
     }
 
     /// The address of the one file that an address stands for: a repository or a folder of a hub has one if it holds a
@@ -153,7 +146,7 @@ impl Remote {
             Address::Hub(at) => {
                 self.block(&control, self.hub()?.fetch(at, &control)).map_err(|e| e.at(Path::new(&url)))
             }
-            Address::S3(_) => self.fetch_watched(&url, &control),
+            Address::S3(_) => self.fetch(&url, &control),
         };
         let local = match fetched {
             Ok(local) => local,
@@ -178,8 +171,10 @@ impl Store for Remote {
         listed.map_err(|e| e.at(Path::new(at)))
     }
 
-    fn fetch(&self, url: &str) -> Result<Local> {
-        self.fetch_watched(url, &Control::default())
+    fn open(&self, url: &str, control: &Control) -> Result<Source> {
+        let url = self.file(url, control)?;
+        let local = self.fetch(&url, control)?;
+        Ok(Source::fetched(Path::new(&url), local)?.with_beside(self.beside(&url)))
     }
 
     fn put(&self, file: &Path, url: &str) -> Result<()> {

@@ -35,7 +35,7 @@ fn put(remote: &Remote, bytes: &[u8]) -> Result<()> {
 }
 
 fn fetch(remote: &Remote) -> Result<Vec<u8>> {
-    let local = remote.fetch("s3://bucket/a/file")?;
+    let local = remote.fetch("s3://bucket/a/file", &Control::default())?;
     Ok(std::fs::read(&local).expect("it is there"))
 }
 
@@ -152,6 +152,6 @@ fn a_cancelled_transfer_ends() {
     bucket.state().objects.insert("a/file".into(), content(1000));
     let control = Control::default();
     control.cancel();
-    let error = remote(&bucket).fetch_watched("s3://bucket/a/file", &control).expect_err("cancelled");
+    let error = remote(&bucket).fetch("s3://bucket/a/file", &control).expect_err("cancelled");
     assert_eq!(error.code(), Code::Interrupted);
 }

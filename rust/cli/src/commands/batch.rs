@@ -6,13 +6,14 @@ use lorafmt_core::convert::ConvertOptions;
 use lorafmt_core::io::Store;
 use lorafmt_core::table::Registry;
 use lorafmt_core::{Code, Error, Result};
-use lorafmt_remote::{Remote, is_remote};
+use lorafmt_remote::is_remote;
 
 use super::writing::{native_options, open_base, options};
 use super::{Context, ray};
 use crate::ExitStatus;
 use crate::args::{BatchArgs, DuplicatesArg, OpArg};
 use crate::output::Watch;
+use crate::sources::remote;
 
 pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus> {
     match args.run.engine.as_str() {
@@ -27,7 +28,6 @@ pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus>
     let (step, ending) = step(args, context, &registry)?;
     let naming = Naming::new(args.name.as_deref(), &ending)?;
     let store = store(args)?;
-    let store = store.as_ref().map(|s| s as &dyn Store);
     let sources = Sources {
         named: args.sources.clone(),
         lists: args.files_from.clone(),
@@ -97,11 +97,11 @@ fn manifest(args: &BatchArgs) -> Result<PathBuf> {
     }
 }
 
-/// What reads and writes addresses, if there can be any: lists and plans show them only when they are read.
-fn store(args: &BatchArgs) -> Result<Option<Remote>> {
-    let lists = !args.files_from.is_empty() || !args.plan.is_empty();
+/// What reads and writes addresses, if there can be any: lists, plans and recipes show them only when they are read.
+fn store(args: &BatchArgs) -> Result<Option<&'static dyn Store>> {
+    let hidden = !args.files_from.is_empty() || !args.plan.is_empty() || args.op == OpArg::Compose;
     let named = args.sources.iter().chain([&args.out_dir]).any(|name| is_remote(name));
-    (lists || named).then(Remote::from_env).transpose()
+    (hidden || named).then(|| remote().map(|r| r as &dyn Store)).transpose()
 }
 
 fn dry_run(listing: &Listing, context: &mut Context) -> Result<ExitStatus> {

@@ -5,17 +5,17 @@ use std::collections::hash_map::Entry as Taken;
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use globset::{GlobBuilder, GlobMatcher};
 use rustc_hash::{FxHashMap, FxHashSet};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::beside::{CONFIG, beside, version};
 use super::naming::Naming;
 use super::{is_address, store_for};
 use crate::error::{Code, Error, Result};
-use crate::io::{Object, Store};
+use crate::io::{Found, Object, Store, walk};
 
 /// What files are taken out of folders.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +60,9 @@ pub struct Entry {
     pub size: u64,
     /// What changes when it does.
     pub version: String,
+    /// What changes when files beside it do that decide the result; absent if there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beside: Option<String>,
     /// Whether the user named this very file: then it cannot be skipped in silence.
     pub named: bool,
     /// Why it could not even be looked at.
@@ -135,6 +138,9 @@ impl Listing {
     }
 }
 
+/// Size, version, and what is beside it.
+type State = (u64, String, Option<String>);
+
 struct Lister<'a> {
     listing: Listing,
     writer: BufWriter<File>,
@@ -159,7 +165,7 @@ impl Lister<'_> {
             Ok(meta) if meta.is_dir() => self.folder(path),
             Ok(meta) => {
                 let dir = if listed { relative(path.parent().unwrap_or(Path::new(""))) } else { String::new() };
-                self.add(name, &dir, meta.len(), version(&meta), true)
+                self.add(name, &dir, (meta.len(), version(&meta), beside(path, self.wanted)), true)
             }
             Err(_) if name.contains(['*', '?', '[', '{']) => self.pattern(name),
             // In a list one of many may be gone; it fails by itself.
@@ -208,29 +214,23 @@ impl Lister<'_> {
             let message = "outputs would go into the very folder that is read, and be sources of the next run";
             return Err(Error::new(Code::InvalidArgument, message).at(root).hint("name another `--out-dir`"));
         }
-        self.walk(root, out.map(|(out, _)| out), |_| true)
+        self.walk(root, out.as_ref().map(|(out, _)| out.as_path()), |_| true)
     }
 
-    /// All files below a folder but those below `skip`, in the order of their names. Links are followed, loops are not.
-    fn walk(&mut self, root: &Path, skip: Option<PathBuf>, takes: impl Fn(&Path) -> bool) -> Result<()> {
-        let mut builder = ignore::WalkBuilder::new(root);
-        builder.standard_filters(false).hidden(true).follow_links(true).sort_by_file_name(Ord::cmp);
-        builder.filter_entry(move |entry| {
-            let skipped = |s: &PathBuf| entry.path().is_dir() && entry.path().canonicalize().is_ok_and(|p| p == *s);
-            !skip.as_ref().is_some_and(skipped)
-        });
-        for entry in builder.build() {
-            let entry = match entry {
-                Ok(entry) => entry,
-                Err(error) => {
-                    self.unreadable(root, &error)?;
+    fn walk(&mut self, root: &Path, skip: Option<&Path>, takes: impl Fn(&Path) -> bool) -> Result<()> {
+        for found in walk(root, skip) {
+            let path = match found {
+                Found::File(path) if takes(&path) => path,
+                Found::File(_) => continue,
+                Found::Unreadable(path, kind) => {
+                    let name = path.to_string_lossy();
+                    // A link of another file to nowhere is no failure.
+                    if kind != std::io::ErrorKind::NotFound || self.wanted.takes(&name) {
+                        self.broken(&name, "", &std::io::Error::from(kind))?;
+                    }
                     continue;
                 }
             };
-            let path = entry.path();
-            if !entry.file_type().is_some_and(|t| t.is_file()) || !takes(path) {
-                continue;
-            }
             let Some(name) = path.to_str() else {
                 self.broken(&path.to_string_lossy(), "", &"the name is not UTF-8")?;
                 continue;
@@ -240,19 +240,15 @@ impl Lister<'_> {
                 continue;
             }
             let dir = relative(path.parent().and_then(|p| p.strip_prefix(root).ok()).unwrap_or(Path::new("")));
-            match entry.metadata() {
-                Ok(meta) => self.add(name, &dir, meta.len(), version(&meta), false)?,
+            match std::fs::metadata(&path) {
+                Ok(meta) => {
+                    let beside = beside(&path, self.wanted);
+                    self.add(name, &dir, (meta.len(), version(&meta), beside), false)?;
+                }
                 Err(e) => self.broken(name, &dir, &e)?,
             }
         }
         Ok(())
-    }
-
-    /// A folder that cannot be read is a failure of its own; a loop of links or a dangling link is none.
-    fn unreadable(&mut self, root: &Path, error: &ignore::Error) -> Result<()> {
-        let Some(io) = error.io_error().filter(|e| e.kind() != std::io::ErrorKind::NotFound) else { return Ok(()) };
-        let path = path_of(error).unwrap_or(root);
-        self.broken(&path.to_string_lossy(), "", &io)
     }
 
     fn pattern(&mut self, pattern: &str) -> Result<()> {
@@ -263,7 +259,7 @@ impl Lister<'_> {
         let before = self.listing.files;
         // The walk names files as they begin: `./a` where the pattern says `a`.
         let named = |path: &Path| matcher.is_match(path.strip_prefix(".").unwrap_or(path));
-        self.walk(&root, Path::new(self.out).canonicalize().ok(), named)?;
+        self.walk(&root, Some(Path::new(self.out)), named)?;
         match self.listing.files == before {
             true => Err(Error::new(Code::NotFound, "nothing has such a name").at(Path::new(pattern))),
             false => Ok(()),
@@ -273,15 +269,23 @@ impl Lister<'_> {
     fn address(&mut self, address: &str) -> Result<()> {
         let store = store_for(self.store, address)?;
         let mut found = 0u64;
+        // Stores list names in their order, so a folder's configuration comes before the weights that it is for.
+        let mut config = (String::new(), String::new());
         store.list(address, &mut |object: Object| {
-            if !self.wanted.takes(&object.url) {
+            if let Some(folder) = object.url.strip_suffix(CONFIG) {
+                config = (folder.to_owned(), object.version.clone());
+            }
+            if !self.wanted.takes(&object.url) || object.url.ends_with(CONFIG) {
                 self.listing.others += 1;
                 return Ok(());
             }
             found += 1;
             let below = object.url.strip_prefix(address).unwrap_or("").trim_start_matches('/');
             let dir = below.rsplit_once('/').map_or("", |(dir, _)| dir).to_owned();
-            self.add(&object.url, &dir, object.size, object.version, object.url == address)
+            let named = object.url == address;
+            let own = object.url.rsplit_once('/').is_some_and(|(folder, _)| config.0.strip_suffix('/') == Some(folder));
+            let beside = own.then(|| config.1.clone());
+            self.add(&object.url, &dir, (object.size, object.version, beside), named)
         })?;
         match found {
             0 => Err(Error::new(Code::NotFound, "nothing is there that could be read").at(Path::new(address))),
@@ -289,9 +293,10 @@ impl Lister<'_> {
         }
     }
 
-    fn add(&mut self, source: &str, dir: &str, size: u64, version: String, named: bool) -> Result<()> {
+    fn add(&mut self, source: &str, dir: &str, state: State, named: bool) -> Result<()> {
+        let (size, version, beside) = state;
         let output = self.naming.of(dir, stem(source)).map_err(|e| e.at(Path::new(source)))?;
-        self.enter(Entry { source: source.to_owned(), output, size, version, named, problem: None })
+        self.enter(Entry { source: source.to_owned(), output, size, version, beside, named, problem: None })
     }
 
     fn enter(&mut self, entry: Entry) -> Result<()> {
@@ -309,8 +314,8 @@ impl Lister<'_> {
 
     fn broken(&mut self, source: &str, dir: &str, problem: &dyn std::fmt::Display) -> Result<()> {
         let output = self.naming.of(dir, stem(source)).unwrap_or_default();
-        let problem = Some(problem.to_string());
-        self.write(&Entry { source: source.to_owned(), output, size: 0, version: String::new(), named: true, problem })
+        let (source, problem) = (source.to_owned(), Some(problem.to_string()));
+        self.write(&Entry { source, output, size: 0, version: String::new(), beside: None, named: true, problem })
     }
 
     fn write(&mut self, entry: &Entry) -> Result<()> {
@@ -354,14 +359,6 @@ fn matcher(pattern: &str) -> Result<GlobMatcher> {
         .map_err(|e| Error::new(Code::InvalidArgument, format!("`{pattern}` is no pattern: {}", e.kind())))
 }
 
-fn path_of(error: &ignore::Error) -> Option<&Path> {
-    match error {
-        ignore::Error::WithPath { path, .. } => Some(path),
-        ignore::Error::WithDepth { err, .. } | ignore::Error::WithLineNumber { err, .. } => path_of(err),
-        _ => None,
-    }
-}
-
 /// A folder as part of an output's name: without a root and without `.` and `..`, as `rsync --files-from` does.
 fn relative(path: &Path) -> String {
     let normal = |c: Component<'_>| match c {
@@ -375,9 +372,4 @@ fn relative(path: &Path) -> String {
 fn stem(source: &str) -> &str {
     let name = source.rsplit(['/', '\\']).find(|p| !p.is_empty()).unwrap_or(source);
     name.rsplit_once('.').map_or(name, |(stem, _)| if stem.is_empty() { name } else { stem })
-}
-
-fn version(meta: &std::fs::Metadata) -> String {
-    let time = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-    time.map_or_else(String::new, |t| format!("{}.{:09}", t.as_secs(), t.subsec_nanos()))
 }

@@ -43,6 +43,9 @@ pub struct Record {
     pub size: u64,
     /// What changes when it does: its time of change, or the store's version.
     pub version: String,
+    /// What changes when files beside it do that decide the result; absent if there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beside: Option<String>,
     /// `xxh3:` and the XXH3-128 of the source; absent where it was not needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash: Option<String>,
@@ -104,6 +107,7 @@ struct Known {
     outcome: Outcome,
     size: u64,
     version: u64,
+    beside: u64,
     step: u64,
     hash: Option<u128>,
 }
@@ -156,6 +160,7 @@ impl Manifest {
             outcome: record.outcome,
             size: record.size,
             version: xxh3_64(record.version.as_bytes()),
+            beside: xxh3_64(record.beside.as_deref().unwrap_or_default().as_bytes()),
             step: xxh3_64(record.step.as_bytes()),
             hash: record.hash.as_deref().and_then(parsed),
         };
@@ -189,6 +194,7 @@ impl Manifest {
             Some(hash) => known.hash == Some(hash),
             None => known.size == wanted.size && known.version == xxh3_64(wanted.version.as_bytes()),
         };
+        let same = same && known.beside == xxh3_64(wanted.beside.unwrap_or_default().as_bytes());
         let finished = known.outcome != Outcome::Failed;
         (same && finished && known.step == xxh3_64(wanted.step.as_bytes())).then_some(known.outcome)
     }
@@ -199,6 +205,7 @@ pub(super) struct Wanted<'a> {
     pub source: &'a str,
     pub size: u64,
     pub version: &'a str,
+    pub beside: Option<&'a str>,
     pub step: &'a str,
     pub output: &'a str,
     pub hash: Option<u128>,

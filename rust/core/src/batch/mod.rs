@@ -6,6 +6,7 @@
 //! are more threads than work, get all of them. What became of a file is a line of the manifest, from which the next run
 //! knows what is done.
 
+mod beside;
 mod duplicates;
 mod listing;
 mod manifest;

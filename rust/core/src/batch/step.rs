@@ -7,12 +7,15 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::listing::Wanted;
+use super::{is_address, store_for};
 use crate::adapter::Adapter;
 use crate::compose::{Composition, Term, agree};
 use crate::convert::{self, ConvertOptions, Target};
+use crate::decode::decode;
+use crate::detect::Given;
 use crate::encode::Algebra;
 use crate::error::{Code, Error, Result};
-use crate::io::{Control, Source, WriteOptions};
+use crate::io::{Control, Source, Store, WriteOptions};
 use crate::native::Base;
 use crate::ops::KeySet;
 use crate::recipe;
@@ -75,26 +78,43 @@ impl Step {
         format!("{:016x}", xxh3_64(format!("{all:?}").as_bytes()))
     }
 
-    /// Makes the output of one source.
-    pub(super) fn run(&self, source: &Path, output: &Path, write: WriteOptions, control: &Control) -> Result<Made> {
+    /// Makes the output of one source, a path or an address.
+    pub(super) fn run(
+        &self,
+        source: &str,
+        store: Option<&dyn Store>,
+        output: &Path,
+        write: WriteOptions,
+        control: &Control,
+    ) -> Result<Made> {
+        let open = |name: &str| match is_address(name) {
+            true => self.open(store_for(store, name)?.open(name, control)?),
+            false => self.open(Source::open(Path::new(name))?),
+        };
         match &self.work {
-            Work::Recipe => self.cook(source, output, write, control),
-            Work::Each => self.write(&self.open(source)?, 0, output, write, control),
+            Work::Recipe => self.cook(source, open, output, write, control),
+            Work::Each => self.write(&open(source)?, 0, output, write, control),
             Work::Complete(keys) => {
-                let (adapter, added) = keys.complete(&self.open(source)?)?;
+                let (adapter, added) = keys.complete(&open(source)?)?;
                 self.write(&adapter, added, output, write, control)
             }
         }
     }
 
-    /// Whether a file that no family explains is anything but an adapter: a model, a VAE, embeddings.
-    pub(super) fn is_something_else(&self, source: &Path) -> bool {
-        let tensors = |source: Source| source.tensors().iter().any(|t| self.registry.is_adapters(&t.name));
-        matches!(self.work, Work::Each | Work::Complete(_)) && Source::open(source).is_ok_and(|s| !tensors(s))
-    }
-
-    fn open(&self, source: &Path) -> Result<Adapter> {
-        convert::open(&self.registry, Source::open(source)?, &self.options, self.base.clone())
+    fn open(&self, source: Source) -> Result<Adapter> {
+        let source = Arc::new(source);
+        let given = convert::given(&self.registry, self.options.family.as_deref(), self.options.from.as_deref())?;
+        let given = Given { base: self.base.clone(), ..given };
+        decode(&self.registry, &source, &given).map_err(|error| {
+            // A model, a VAE, embeddings: no family explains them, and nothing in them looks like an adapter's.
+            let adapters = || source.tensors().iter().any(|t| self.registry.is_adapters(&t.name));
+            match error.code() {
+                Code::UnknownFamily if !adapters() => {
+                    Error::new(Code::NotAnAdapter, "no key is named as those of adapters are")
+                }
+                _ => error,
+            }
+        })
     }
 
     fn write(
@@ -124,8 +144,18 @@ impl Step {
         adapter.own_dialect().map(|d| d.name.clone())
     }
 
-    fn cook(&self, path: &Path, output: &Path, write: WriteOptions, control: &Control) -> Result<Made> {
-        let recipe = recipe::read(path)?;
+    fn cook(
+        &self,
+        source: &str,
+        open: impl Fn(&str) -> Result<Adapter>,
+        output: &Path,
+        write: WriteOptions,
+        control: &Control,
+    ) -> Result<Made> {
+        if is_address(source) {
+            return Err(Error::new(Code::InvalidArgument, "recipes are read from files").hint("fetch it first"));
+        }
+        let recipe = recipe::read(Path::new(source))?;
         let asked = |own: &str| if own.is_empty() { None } else { Some(own.to_owned()) };
         let first = || self.registry.dialects[0].name.clone();
         let to = asked(&self.options.to).or(recipe.to.clone()).unwrap_or_else(first);
@@ -138,7 +168,7 @@ impl Step {
         }
         let densities = recipe.loras.iter().map(|l| l.density).collect();
         let options = ConvertOptions { to, algebra: Algebra::of(&recipe.choices, densities)?, ..self.options.clone() };
-        let open = |lora: &recipe::RecipeLora| self.open(&lora.path).map_err(|e| e.at(&lora.path));
+        let open = |lora: &recipe::RecipeLora| open(&lora.path.to_string_lossy()).map_err(|e| e.at(&lora.path));
         let adapters = recipe.loras.iter().map(open).collect::<Result<Vec<_>>>()?;
         let agreed = agree(&adapters.iter().collect::<Vec<_>>())?;
         let mut terms = Vec::with_capacity(agreed.len());

@@ -15,7 +15,7 @@ use super::step::{Made, Step};
 use super::{BatchOptions, Duplicates, Observer, Stop, Summary, is_address, store_for};
 use crate::convert::is_folder_name;
 use crate::error::{Code, Error, Result};
-use crate::io::{Control, Local, Store, WriteOptions};
+use crate::io::{Control, Store, WriteOptions};
 
 /// Smaller files are never worth several threads.
 const WIDE: u64 = 8 << 20;
@@ -204,6 +204,7 @@ impl Runner<'_> {
             source: entry.source.clone(),
             size: entry.size,
             version: entry.version.clone(),
+            beside: entry.beside.clone(),
             hash: None,
             step: self.fingerprint.clone(),
             dialect: None,
@@ -279,6 +280,7 @@ impl Runner<'_> {
             source: &entry.source,
             size: entry.size,
             version: &entry.version,
+            beside: entry.beside.as_deref(),
             step: &self.fingerprint,
             output: &record.output,
             hash: hash.filter(|_| self.options.verify),
@@ -323,15 +325,16 @@ impl Runner<'_> {
         if !shares {
             return Ok(Err(None));
         }
-        let key = match is_address(&entry.source) {
+        let content = match is_address(&entry.source) {
             // The store's word for the content.
             true if entry.version.is_empty() => return Ok(Err(None)),
-            true => xxh3_128(format!("{} {}", entry.size, entry.version).as_bytes()),
+            true => format!("{} {}", entry.size, entry.version),
             false => match *hash {
-                Some(known) => known,
-                None => *hash.insert(hash_file(Path::new(&entry.source))?),
+                Some(known) => spelled(known),
+                None => spelled(*hash.insert(hash_file(Path::new(&entry.source))?)),
             },
         };
+        let key = xxh3_128(format!("{content} {}", entry.beside.as_deref().unwrap_or_default()).as_bytes());
         Ok(self.contents.claim(key).map_err(Some))
     }
 
@@ -380,31 +383,23 @@ impl Runner<'_> {
     }
 
     fn make(&self, entry: &Entry, record: &Record, control: &Control) -> Result<Made> {
-        let source = self.fetched(entry)?;
-        let path = source.path(&entry.source);
         let alone = entry.size < WIDE || self.left.load(Ordering::Relaxed) + 1 >= self.workers.min(self.cores as u64);
-        let write = || self.write(path, &record.output, control);
+        let write = || self.write(&entry.source, &record.output, control);
         let wide = || self.wide.get_or_init(|| ThreadPoolBuilder::new().num_threads(self.cores).build().ok());
-        let made = match if alone { None } else { wide().as_ref() } {
+        match if alone { None } else { wide().as_ref() } {
             Some(pool) => pool.install(write),
             None => write(),
-        };
-        made.map_err(|error| match error.code() {
-            Code::UnknownFamily if self.step.is_something_else(path) => {
-                Error::new(Code::NotAnAdapter, "no key is named as those of adapters are")
-            }
-            _ => error,
-        })
+        }
     }
 
-    fn write(&self, source: &Path, output: &str, control: &Control) -> Result<Made> {
+    fn write(&self, source: &str, output: &str, control: &Control) -> Result<Made> {
         if is_address(output) {
             return self.upload(source, output, control);
         }
         let path = Path::new(output);
         make_folder(path)?;
         let write = WriteOptions { overwrite: self.overwrite(output)? };
-        match self.step.run(source, path, write, control) {
+        match self.step.run(source, self.store, path, write, control) {
             Err(error) if error.code() == Code::OutputExists && !is_folder_name(path) => {
                 self.adopt(source, path, control)
             }
@@ -413,16 +408,16 @@ impl Runner<'_> {
     }
 
     /// An output that no record claims. A killed run leaves such: if it is what would be written, it is taken as done.
-    fn adopt(&self, source: &Path, output: &Path, control: &Control) -> Result<Made> {
+    fn adopt(&self, source: &str, output: &Path, control: &Control) -> Result<Made> {
         let folder = output.parent().unwrap_or(Path::new("."));
         let fail = |e| Error::io(folder, "create a folder in the folder", e);
         let dir = tempfile::Builder::new().prefix(".lorafmt-").tempdir_in(folder).map_err(fail)?;
         let temp = dir.path().join(output.file_name().unwrap_or_default());
-        let made = self.step.run(source, &temp, WriteOptions::default(), control)?;
+        let made = self.step.run(source, self.store, &temp, WriteOptions::default(), control)?;
         if same(&temp, output)? { Ok(made) } else { Err(exists(output)) }
     }
 
-    fn upload(&self, source: &Path, output: &str, control: &Control) -> Result<Made> {
+    fn upload(&self, source: &str, output: &str, control: &Control) -> Result<Made> {
         let store = store_for(self.store, output)?;
         if !self.overwrite(output)? && store.stat(output)?.is_some() {
             return Err(exists(Path::new(output)));
@@ -434,50 +429,9 @@ impl Runner<'_> {
                 .hint("let outputs end with `.safetensors`"));
         }
         let temp = dir.path().join(name);
-        let made = self.step.run(source, &temp, WriteOptions::default(), control)?;
+        let made = self.step.run(source, self.store, &temp, WriteOptions::default(), control)?;
         store.put(&temp, output)?;
         Ok(made)
-    }
-
-    /// The source on a local disk, with the configuration beside it that a PEFT file needs.
-    fn fetched(&self, entry: &Entry) -> Result<Fetched> {
-        if !is_address(&entry.source) {
-            return Ok(Fetched::Local);
-        }
-        let store = store_for(self.store, &entry.source)?;
-        let file = store.fetch(&entry.source)?;
-        let config =
-            entry.source.strip_suffix("adapter_model.safetensors").map(|dir| format!("{dir}adapter_config.json"));
-        let Some(config) = config.map(|c| Ok(store.stat(&c)?.map(|_| c))).transpose()?.flatten() else {
-            return Ok(Fetched::File(file));
-        };
-        let config = store.fetch(&config)?;
-        let fail = |e| Error::io(&std::env::temp_dir(), "create a folder", e);
-        let dir = tempfile::tempdir().map_err(fail)?;
-        let whole = file.as_ref().canonicalize().map_err(fail)?;
-        let inside = dir.path().join("adapter_model.safetensors");
-        if std::fs::hard_link(&whole, &inside).is_err() {
-            std::fs::copy(&whole, &inside).map_err(fail)?;
-        }
-        std::fs::copy(config.as_ref(), dir.path().join("adapter_config.json")).map_err(fail)?;
-        Ok(Fetched::Folder(dir))
-    }
-}
-
-/// Where a source is now; what is temporary goes when this does.
-enum Fetched {
-    Local,
-    File(Local),
-    Folder(tempfile::TempDir),
-}
-
-impl Fetched {
-    fn path<'p>(&'p self, source: &'p str) -> &'p Path {
-        match self {
-            Fetched::Local => Path::new(source),
-            Fetched::File(local) => local.as_ref(),
-            Fetched::Folder(dir) => dir.path(),
-        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempPath;
 
+use super::{Control, Source};
 use crate::error::Result;
 
 /// One file of a store.
@@ -42,8 +43,8 @@ pub trait Store: Send + Sync {
     /// Calls `each` for every file at or below an address, as the store's pages come; `each` can stop it by an error.
     fn list(&self, at: &str, each: &mut dyn FnMut(Object) -> Result<()>) -> Result<()>;
 
-    /// The file as a local one, whole and of the length that the store said.
-    fn fetch(&self, url: &str) -> Result<Local>;
+    /// The file, whole and of the length that the store said; called by its address, with files beside it at hand.
+    fn open(&self, url: &str, control: &Control) -> Result<Source>;
 
     /// Puts a local file under an address. After an error nothing new is visible there.
     fn put(&self, file: &Path, url: &str) -> Result<()>;
