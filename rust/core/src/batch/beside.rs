@@ -5,8 +5,8 @@ use std::time::UNIX_EPOCH;
 
 use xxhash_rust::xxh3::Xxh3;
 
+use super::hash::spelled;
 use super::listing::Wanted;
-use super::manifest::spelled;
 use crate::recipe;
 
 /// The file in which PEFT keeps scales.

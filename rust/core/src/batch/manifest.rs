@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 
+use super::hash::parsed;
 use crate::error::{Error, Result};
 use crate::report::Warning;
 
@@ -125,15 +126,6 @@ pub struct Manifest {
     /// By the hashes of both.
     sources: FxHashMap<(u128, u128), Known>,
     outputs: FxHashMap<u128, Made>,
-}
-
-/// The text form of a hash.
-pub(super) fn spelled(hash: u128) -> String {
-    format!("xxh3:{hash:032x}")
-}
-
-fn parsed(text: &str) -> Option<u128> {
-    u128::from_str_radix(text.strip_prefix("xxh3:")?, 16).ok()
 }
 
 impl Manifest {
@@ -285,19 +277,4 @@ fn whole_lines(file: &mut File) -> std::io::Result<u64> {
         end = start;
     }
     Ok(0)
-}
-
-/// The hash of a file's content, read in pieces.
-pub(super) fn hash_file(path: &Path) -> Result<u128> {
-    let mut file = File::open(path).map_err(|e| Error::io(path, "open the file", e))?;
-    let mut state = xxhash_rust::xxh3::Xxh3::new();
-    let mut buffer = vec![0; 1 << 18];
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => return Ok(state.digest128()),
-            Ok(n) => state.update(&buffer[..n]),
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(Error::io(path, "read the file", e)),
-        }
-    }
 }

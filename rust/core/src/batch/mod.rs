@@ -8,6 +8,7 @@
 
 mod beside;
 mod duplicates;
+mod hash;
 mod listing;
 mod manifest;
 mod naming;

@@ -2,15 +2,16 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::duplicates::{Claim, Contents, Original, same};
+use super::hash::{hash_file, hash_places, spelled};
 use super::listing::{Entry, Listing};
-use super::manifest::{Journal, Line, Manifest, Outcome, Record, Wanted, hash_file, spelled};
+use super::manifest::{Journal, Line, Manifest, Outcome, Record, Wanted};
 use super::step::{Made, Step};
 use super::{BatchOptions, Duplicates, Observer, Stop, Summary, is_address, store_for};
 use crate::convert::is_folder_name;
@@ -102,6 +103,19 @@ struct Runner<'a> {
 enum End {
     Recorded(Box<Record>),
     Broken,
+}
+
+/// Whether a content was there before.
+enum Found<'c> {
+    /// It was, and has its output.
+    Shared,
+    /// It was not. The claim, where others may share what comes of it.
+    New(Option<Claim<'c>>),
+}
+
+/// What decides the result of a content: that, and what lies beside it.
+fn key(content: &str, entry: &Entry) -> u128 {
+    xxh3_128(format!("{content} {}", entry.beside.as_deref().unwrap_or_default()).as_bytes())
 }
 
 impl Runner<'_> {
@@ -235,17 +249,12 @@ impl Runner<'_> {
             record.bytes = bytes;
             return Ok(());
         }
-        let claim = match self.original(entry, record, &mut hash)? {
-            Ok(original) => {
-                record.hash = hash.map(spelled);
-                match self.share(&original, entry, record)? {
-                    true => return Ok(()),
-                    false => None,
-                }
-            }
-            Err(claim) => claim,
-        };
+        let found = self.duplicate(entry, record, &mut hash)?;
         record.hash = hash.map(spelled);
+        let claim = match found {
+            Found::Shared => return Ok(()),
+            Found::New(claim) => claim,
+        };
         let made = self.make(entry, record, control)?;
         let by_name = made.by_name;
         self.describe(record, made);
@@ -310,39 +319,50 @@ impl Runner<'_> {
         Ok(same.then_some(made.bytes))
     }
 
-    /// The file with the same content that was converted before, or the claim to be that one; no claim where outputs
-    /// are not shared.
-    fn original(
-        &self,
-        entry: &Entry,
-        record: &Record,
-        hash: &mut Option<u128>,
-    ) -> Result<std::result::Result<Arc<Original>, Option<Claim<'_>>>> {
+    /// Looks for a file of the same content that was converted before, and shares its output.
+    ///
+    /// Few places of a file are compared first: most files that look alike in their size differ there, and the others
+    /// are the same. Only where both are false a file is hashed.
+    fn duplicate(&self, entry: &Entry, record: &mut Record, hash: &mut Option<u128>) -> Result<Found<'_>> {
         let shares = self.options.duplicates != Duplicates::Convert
             && self.shared_sizes.contains(&entry.size)
             && !is_address(&record.output)
             && !is_folder_name(Path::new(&record.output));
-        if !shares {
-            return Ok(Err(None));
+        let local = !is_address(&entry.source);
+        // A store's word for the content is its version.
+        if !shares || (!local && entry.version.is_empty()) {
+            return Ok(Found::New(None));
         }
-        let content = match is_address(&entry.source) {
-            // The store's word for the content.
-            true if entry.version.is_empty() => return Ok(Err(None)),
-            true => format!("{} {}", entry.size, entry.version),
-            false => match *hash {
-                Some(known) => spelled(known),
-                None => spelled(*hash.insert(hash_file(Path::new(&entry.source))?)),
-            },
+        let path = Path::new(&entry.source);
+        let whole = |hash: u128| format!("whole {}", spelled(hash));
+        let first = match (local, *hash) {
+            (false, _) => format!("version {} {}", entry.size, entry.version),
+            (true, Some(known)) => whole(known),
+            (true, None) => format!("places {}", spelled(hash_places(path, entry.size)?)),
         };
-        let key = xxh3_128(format!("{content} {}", entry.beside.as_deref().unwrap_or_default()).as_bytes());
-        Ok(self.contents.claim(key).map_err(Some))
+        let original = match self.contents.claim(key(&first, entry)) {
+            Err(claim) => return Ok(Found::New(Some(claim))),
+            Ok(original) => original,
+        };
+        let other_name = |of: &Original| of.stem.as_ref().is_some_and(|stem| stem != entry.stem());
+        if other_name(&original) {
+            return Ok(Found::New(None));
+        }
+        if self.share(&original, entry, record)? {
+            return Ok(Found::Shared);
+        }
+        if !local || hash.is_some() {
+            return Ok(Found::New(None));
+        }
+        match self.contents.claim(key(&whole(*hash.insert(hash_file(path)?)), entry)) {
+            Err(claim) => Ok(Found::New(Some(claim))),
+            Ok(original) if !other_name(&original) && self.share(&original, entry, record)? => Ok(Found::Shared),
+            Ok(_) => Ok(Found::New(None)),
+        }
     }
 
-    /// Gives a file the output of another one; `false` where that would not be the same.
+    /// Gives a file the output of another one; `false` where their contents differ.
     fn share(&self, original: &Original, entry: &Entry, record: &mut Record) -> Result<bool> {
-        if original.stem.as_ref().is_some_and(|stem| stem != entry.stem()) {
-            return Ok(false);
-        }
         if let Some(source) = &original.source
             && !same(source, Path::new(&entry.source))?
         {

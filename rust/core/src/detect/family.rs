@@ -9,7 +9,7 @@ use super::{Detection, Given, Meaning, level};
 use crate::error::{Code, Error, Result};
 use crate::io::{Source, TensorInfo};
 use crate::kind::{Kind, Slot};
-use crate::table::{Hit, Op, Read, Registry};
+use crate::table::{Hit, Op, Read, Registry, Routes, form};
 
 /// Families that a message names, of those that fit alike.
 const SHOWN: usize = 4;
@@ -36,6 +36,37 @@ impl Explained<'_> {
     }
 }
 
+/// The forms of a file's keys.
+struct Forms {
+    texts: Vec<String>,
+    /// How many keys have each.
+    counts: Vec<usize>,
+    /// Which one a key has.
+    of: Vec<usize>,
+}
+
+impl Forms {
+    fn of(tensors: &[TensorInfo]) -> Self {
+        let mut numbers: FxHashMap<String, usize> = FxHashMap::default();
+        let mut forms = Self { texts: Vec::new(), counts: Vec::new(), of: Vec::with_capacity(tensors.len()) };
+        for info in tensors {
+            let text = form(&info.name);
+            let number = match numbers.get(&text) {
+                Some(&number) => number,
+                None => {
+                    forms.texts.push(text.clone());
+                    forms.counts.push(0);
+                    numbers.insert(text, forms.texts.len() - 1);
+                    forms.texts.len() - 1
+                }
+            };
+            forms.counts[number] += 1;
+            forms.of.push(number);
+        }
+        forms
+    }
+}
+
 /// Reads a file as one of a family; `None` if that explains fewer than `least` keys with their shapes.
 ///
 /// A name that several components have, two text encoders of one build, is that of the component whose shapes its tensors
@@ -43,6 +74,7 @@ impl Explained<'_> {
 fn explain<'s>(
     registry: &Registry,
     source: &'s Source,
+    forms: &Forms,
     given: &Given,
     family: usize,
     least: usize,
@@ -52,8 +84,10 @@ fn explain<'s>(
     let mut left = tensors.len().checked_sub(least)?;
     let mut reads = Vec::with_capacity(tensors.len());
     let mut told: FxHashMap<&str, usize> = FxHashMap::default();
-    for info in tensors {
-        let mut read = registry.read_in(family, &info.name);
+    let mut routes: Vec<Option<Routes<'_>>> = forms.texts.iter().map(|_| None).collect();
+    for (info, &number) in tensors.iter().zip(&forms.of) {
+        let routes = routes[number].get_or_insert_with(|| registry.routes(family, &forms.texts[number]));
+        let mut read = registry.read_by(family, routes, &info.name);
         if let (Some(read), Some(dialect)) = (&mut read, dialect) {
             read.hits.retain(|hit| level(dialect, hit, read.suffix.slot, read.suffix.suffix) > 0);
         }
@@ -91,8 +125,9 @@ fn fitting(registry: &Registry, read: &Read<'_>, info: &TensorInfo) -> Vec<usize
 /// the tables of a few families, and one pass over its keys.
 fn best<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Vec<Explained<'s>> {
     let mut bounds = vec![0usize; registry.families.len()];
-    for info in source.tensors() {
-        registry.possible(&info.name).into_iter().for_each(|family| bounds[family] += 1);
+    let forms = Forms::of(source.tensors());
+    for (text, count) in forms.texts.iter().zip(&forms.counts) {
+        registry.possible(text).into_iter().for_each(|family| bounds[family] += count);
     }
     let allowed = |f: &usize| given.families.is_empty() || given.families.contains(f);
     let mut order: Vec<usize> = (0..bounds.len()).filter(allowed).filter(|&f| bounds[f] > 0).collect();
@@ -108,7 +143,7 @@ fn best<'s>(registry: &Registry, source: &'s Source, given: &Given) -> Vec<Expla
         if bounds[family] < most {
             break;
         }
-        let Some(explained) = explain(registry, source, given, family, most) else { continue };
+        let Some(explained) = explain(registry, source, &forms, given, family, most) else { continue };
         if explained.score > most {
             found.clear();
         }

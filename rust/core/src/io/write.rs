@@ -19,6 +19,12 @@ use crate::plan::{Digest, Output, Plan};
 /// Bytes computed and written at a time by one thread. Fits the second-level cache and keeps private memory small.
 const TILE: usize = 512 * 1024;
 
+/// Bytes of a source that are worth a write of their own, without a copy in between.
+const DIRECT: usize = 32 * 1024;
+
+/// The smallest pages there are.
+const PAGE: usize = 4096;
+
 /// Shared with whoever watches a running operation: progress to read, and a flag to stop it.
 #[derive(Debug, Default)]
 pub struct Control {
@@ -179,16 +185,36 @@ impl<'a> Tile<'a> {
         self.parts.push(part);
     }
 
-    fn compute(&self, buffer: &mut Vec<u8>) -> Loss {
-        buffer.resize(self.bytes, 0);
-        let mut rest = buffer.as_mut_slice();
-        let mut loss = Loss::default();
+    /// Passes the tile's bytes to `write`, with their place: those of a source as they lie there, all others computed
+    /// into the buffer. Returns whether values left the range of their type.
+    fn write(&self, buffer: &mut Vec<u8>, mut write: impl FnMut(usize, &[u8]) -> Result<()>) -> Result<Loss> {
+        let (mut at, mut computed, mut loss) = (self.at, 0, Loss::default());
         for part in &self.parts {
-            let (out, tail) = rest.split_at_mut(part.bytes);
-            loss |= part.output.tensor.read(part.rows.clone(), out);
-            rest = tail;
+            match part.output.tensor.stored(part.rows.clone()).filter(|bytes| bytes.len() >= DIRECT) {
+                Some(bytes) => {
+                    if computed > 0 {
+                        write(at - computed, &buffer[..computed])?;
+                        computed = 0;
+                    }
+                    // Brought into memory here: in the write, that would keep the file locked against other threads.
+                    std::hint::black_box(bytes.iter().step_by(PAGE).fold(0, |all, byte| all | byte));
+                    write(at, bytes)?;
+                }
+                None => {
+                    let end = computed + part.bytes;
+                    if buffer.len() < end {
+                        buffer.resize(end, 0);
+                    }
+                    loss |= part.output.tensor.read(part.rows.clone(), &mut buffer[computed..end]);
+                    computed = end;
+                }
+            }
+            at += part.bytes;
         }
-        loss
+        if computed > 0 {
+            write(at - computed, &buffer[..computed])?;
+        }
+        Ok(loss)
     }
 }
 
@@ -200,19 +226,20 @@ fn each_tile(
 ) -> Result<Loss> {
     control.expect(layout.len);
     let total = Mutex::new(Loss::default());
-    layout.tiles().into_par_iter().with_max_len(1).try_for_each_init(
-        || Vec::with_capacity(TILE),
-        |buffer, tile| {
-            control.check()?;
-            let loss = tile.compute(buffer);
-            if loss != Loss::default() {
-                *total.lock().unwrap_or_else(PoisonError::into_inner) |= loss;
-            }
-            write(tile.at, buffer)?;
-            control.advance(tile.bytes);
-            Ok(())
-        },
-    )?;
+    // As many as threads; a new one for every tile would be filled with zeros every time.
+    let buffers = Mutex::new(Vec::new());
+    let lock = || buffers.lock().unwrap_or_else(PoisonError::into_inner);
+    layout.tiles().into_par_iter().with_max_len(1).try_for_each(|tile| {
+        control.check()?;
+        let mut buffer = lock().pop().unwrap_or_default();
+        let loss = tile.write(&mut buffer, &write)?;
+        lock().push(buffer);
+        if loss != Loss::default() {
+            *total.lock().unwrap_or_else(PoisonError::into_inner) |= loss;
+        }
+        control.advance(tile.bytes);
+        Ok(())
+    })?;
     Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
@@ -280,8 +307,7 @@ pub fn write_to(out: &mut dyn Write, layout: &Layout<'_>, control: &Control) -> 
     let (mut buffer, mut loss) = (Vec::new(), Loss::default());
     for tile in layout.tiles() {
         control.check()?;
-        loss |= tile.compute(&mut buffer);
-        out.write_all(&buffer).map_err(fail)?;
+        loss |= tile.write(&mut buffer, |_, bytes| out.write_all(bytes).map_err(fail))?;
         control.advance(tile.bytes);
     }
     out.flush().map_err(fail)?;

@@ -5,19 +5,38 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use super::pattern::{Skeleton, Template, Variables};
+use super::pattern::{Skeleton, Template, Variables, digits, skeleton};
 use super::source::Sources;
 use super::words::words;
 use super::{Component, Dialect, Op, Place, Registry};
 use crate::error::{Code, Error, Result};
 use crate::kind::Slot;
 
-/// A spelling of a slot; `infix` is the place of a PEFT adapter's name.
+/// How a key ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Ending {
+    head: String,
+    /// What follows the name of a PEFT adapter, if there is one.
+    tail: Option<String>,
+}
+
+impl Ending {
+    /// What stands before it, and the adapter's name.
+    fn strip<'k>(&self, key: &'k str) -> Option<(&'k str, Option<&'k str>)> {
+        let Some(tail) = &self.tail else { return Some((key.strip_suffix(self.head.as_str())?, None)) };
+        let front = key.strip_suffix(tail.as_str())?;
+        // The name has no dot, so it begins behind the last one, with which the head ends.
+        let (_, name) = front.rsplit_once('.').filter(|(_, name)| !name.is_empty())?;
+        Some((front[..front.len() - name.len()].strip_suffix(self.head.as_str())?, Some(name)))
+    }
+}
+
+/// A spelling of a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Suffix {
-    head: String,
-    /// What follows the adapter's name, if there is one.
-    tail: Option<String>,
+    ending: Ending,
+    /// How the forms of such keys end.
+    form: Ending,
     slot: Slot,
     /// Which of the slot's spellings it is; down and up list theirs in the same order.
     index: usize,
@@ -60,7 +79,45 @@ struct Entry {
 #[derive(Debug, Clone)]
 struct Prefix {
     text: Arc<str>,
+    form: String,
     components: Vec<usize>,
+}
+
+impl Prefix {
+    /// Whether what follows has underscores for dots.
+    fn is_flat(&self) -> bool {
+        self.text.ends_with('_')
+    }
+
+    /// What follows, if a text begins with `prefix`: the prefix itself, or its form.
+    fn strip<'k>(&self, prefix: &str, text: &'k str) -> Option<&'k str> {
+        let path = text.strip_prefix(prefix)?;
+        // Some trainers leave an underscore where the flattened path ended with a dot.
+        Some(if self.is_flat() { path.trim_end_matches('_') } else { path })
+    }
+}
+
+/// The ways in which keys of one form can be read as keys of a family: suffixes in the order in which they are tried,
+/// with the prefixes that leave the skeleton of some path, and what has that skeleton.
+///
+/// A file has thousands of keys and some hundred forms, and all that depends on the letters alone is worked out once.
+#[derive(Debug)]
+pub(crate) struct Routes<'r>(Vec<(&'r Suffix, Vec<Way<'r>>)>);
+
+/// A prefix, and the paths that can follow it.
+type Way<'r> = (&'r Prefix, &'r [Entry]);
+
+/// A key with a `#` for every number that stands by itself: keys that differ in block numbers have one form.
+pub(crate) fn form(key: &str) -> String {
+    let mut out = String::with_capacity(key.len());
+    let parts = |c: char| matches!(c, '.' | '_');
+    for part in key.split_inclusive(parts) {
+        let word = part.trim_end_matches(parts);
+        let number = !word.is_empty() && word.bytes().all(|b| b.is_ascii_digit());
+        out.push_str(if number { "#" } else { word });
+        out.push_str(&part[word.len()..]);
+    }
+    out
 }
 
 /// How the modules of a family are found.
@@ -155,8 +212,9 @@ pub(super) fn suffixes(table: &BTreeMap<String, Vec<String>>, dialects: &[Dialec
             Some((head, tail)) => (head.to_owned(), Some(tail.to_owned())),
             None => (text.to_owned(), None),
         };
-        let suffix = Suffix { head, tail, slot, index };
-        if !out.iter().any(|s| (s.slot, &s.head, &s.tail) == (slot, &suffix.head, &suffix.tail)) {
+        let formed = Ending { head: form(&head), tail: tail.as_deref().map(form) };
+        let suffix = Suffix { ending: Ending { head, tail }, form: formed, slot, index };
+        if !out.iter().any(|s| (s.slot, &s.ending) == (slot, &suffix.ending)) {
             out.push(suffix);
         }
         Ok(())
@@ -175,7 +233,8 @@ pub(super) fn suffixes(table: &BTreeMap<String, Vec<String>>, dialects: &[Dialec
             }
         }
     }
-    out.sort_by_key(|s| std::cmp::Reverse(s.head.len() + s.tail.as_ref().map_or(0, String::len)));
+    let length = |ending: &Ending| ending.head.len() + ending.tail.as_ref().map_or(0, String::len);
+    out.sort_by_key(|s| std::cmp::Reverse(length(&s.ending)));
     Ok(out)
 }
 
@@ -194,6 +253,7 @@ impl Names {
         }
         let prefix = |(text, components): (&str, BTreeSet<usize>)| Prefix {
             text: Arc::from(text),
+            form: form(text),
             components: components.into_iter().collect(),
         };
         let mut prefixes: Vec<Prefix> = map.into_iter().map(prefix).collect();
@@ -202,23 +262,20 @@ impl Names {
     }
 
     /// The modules that a key without its suffix can mean, one a component.
-    fn resolve(&self, family: usize, base: &str) -> Vec<Hit> {
+    fn resolve(&self, family: usize, base: &str, prefixes: &[Way<'_>]) -> Vec<Hit> {
         let mut hits: Vec<Hit> = Vec::new();
-        for prefix in &self.prefixes {
-            let Some(path) = base.strip_prefix(&*prefix.text) else { continue };
-            let flat = prefix.text.ends_with('_');
-            // Some trainers leave an underscore where the flattened path ended with a dot.
-            let path = if flat { path.trim_end_matches('_') } else { path };
-            let Some(skeleton) = Skeleton::of(path) else { continue };
-            for entry in self.paths.get(&skeleton.text).into_iter().flatten() {
+        for (prefix, entries) in prefixes {
+            let Some(path) = prefix.strip(&prefix.text, base) else { continue };
+            let Some(digits) = digits(path) else { continue };
+            for entry in *entries {
                 if !prefix.components.contains(&entry.component) {
                     continue;
                 }
-                let Some(variables) = entry.template.matches(&skeleton.digits, self.variables[entry.component]) else {
+                let Some(variables) = entry.template.matches(&digits, self.variables[entry.component]) else {
                     continue;
                 };
                 // With dots in the prefix, the path is dotted too and must be the very name.
-                if !flat && !entry.template.is(path, &variables) {
+                if !prefix.is_flat() && !entry.template.is(path, &variables) {
                     continue;
                 }
                 // Where two namespaces share a name the canonical one stands for both: it comes first.
@@ -228,6 +285,12 @@ impl Names {
             }
         }
         hits
+    }
+
+    /// The prefixes after which the form of a key without its suffix goes on with the skeleton of some path.
+    fn prefixes(&self, form: &str) -> Vec<Way<'_>> {
+        let entries = |prefix: &Prefix| self.paths.get(&skeleton(prefix.strip(&prefix.form, form)?));
+        self.prefixes.iter().filter_map(|prefix| Some((prefix, entries(prefix)?.as_slice()))).collect()
     }
 
     /// Every module that bears this dotted name in one of its namespaces, the canonical one first.
@@ -302,15 +365,7 @@ fn add_component(
 
 impl Suffix {
     fn strip<'k>(&self, key: &'k str) -> Option<SuffixMatch<'k>> {
-        let (base, adapter) = match &self.tail {
-            None => (key.strip_suffix(self.head.as_str())?, None),
-            Some(tail) => {
-                let front = key.strip_suffix(tail.as_str())?;
-                // The name has no dot, so it begins behind the last one, with which the head ends.
-                let (_, name) = front.rsplit_once('.').filter(|(_, name)| !name.is_empty())?;
-                (front[..front.len() - name.len()].strip_suffix(self.head.as_str())?, Some(name))
-            }
-        };
+        let (base, adapter) = self.ending.strip(key)?;
         Some(SuffixMatch { slot: self.slot, base, suffix: &key[base.len()..], adapter, spelling: self.index })
     }
 }
@@ -320,33 +375,53 @@ impl Registry {
     ///
     /// Works out every family whose names have the key's words.
     pub fn read<'k>(&self, key: &'k str) -> Option<Read<'k>> {
-        let families = self.possible(key);
+        let form = form(key);
+        let families: Vec<_> = self.possible(&form).into_iter().map(|f| (f, self.routes(f, &form))).collect();
         self.suffixes.iter().find_map(|suffix| {
             let found = suffix.strip(key)?;
-            let hits: Vec<Hit> = families.iter().flat_map(|&family| self.hits(family, &found)).collect();
+            let by = |(family, routes): &(usize, Routes<'_>)| {
+                let (_, prefixes) = routes.0.iter().find(|(s, _)| std::ptr::eq(*s, suffix))?;
+                Some(self.hits(*family, &found, prefixes))
+            };
+            let hits: Vec<Hit> = families.iter().filter_map(by).flatten().collect();
             (!hits.is_empty()).then_some(Read { suffix: found, hits })
         })
+    }
+
+    /// How keys of a form can be read as keys of a family.
+    pub(crate) fn routes(&self, family: usize, form: &str) -> Routes<'_> {
+        let names = &self.compiled[family].names;
+        let route = |suffix: &'_ Suffix| {
+            let prefixes = names.prefixes(suffix.form.strip(form)?.0);
+            (!prefixes.is_empty()).then_some(prefixes)
+        };
+        Routes(self.suffixes.iter().filter_map(|suffix| Some((suffix, route(suffix)?))).collect())
+    }
+
+    /// Reads a key as one of a family's, of whose form these are the routes.
+    pub(crate) fn read_by<'k>(&self, family: usize, routes: &Routes<'_>, key: &'k str) -> Option<Read<'k>> {
+        routes.0.iter().find_map(|(suffix, prefixes)| {
+            let found = suffix.strip(key)?;
+            let hits = self.hits(family, &found, prefixes);
+            (!hits.is_empty()).then_some(Read { suffix: found, hits })
+        })
+    }
+
+    /// Reads a key as one of a family's.
+    pub(crate) fn read_in<'k>(&self, family: usize, key: &'k str) -> Option<Read<'k>> {
+        self.read_by(family, &self.routes(family, &form(key)), key)
     }
 
     /// Whether a key looks like one of an adapter, of whatever dialect: it ends as theirs do, or says so in its name.
     pub(crate) fn is_adapters(&self, key: &str) -> bool {
         // Bare parameters are what models have, too.
-        let own = |suffix: &Suffix| !suffix.head.is_empty() && suffix.head != ".weight";
+        let own = |suffix: &Suffix| !suffix.ending.head.is_empty() && suffix.ending.head != ".weight";
         let ends = |suffix: &Suffix| own(suffix) && suffix.strip(key).is_some();
         key.to_ascii_lowercase().contains("lora") || self.suffixes.iter().any(ends)
     }
 
-    /// Reads a key as one of a family's.
-    pub(crate) fn read_in<'k>(&self, family: usize, key: &'k str) -> Option<Read<'k>> {
-        self.suffixes.iter().find_map(|suffix| {
-            let found = suffix.strip(key)?;
-            let hits = self.hits(family, &found);
-            (!hits.is_empty()).then_some(Read { suffix: found, hits })
-        })
-    }
-
-    fn hits(&self, family: usize, found: &SuffixMatch<'_>) -> Vec<Hit> {
-        let mut hits = self.compiled[family].names.resolve(family, found.base);
+    fn hits(&self, family: usize, found: &SuffixMatch<'_>, prefixes: &[Way<'_>]) -> Vec<Hit> {
+        let mut hits = self.compiled[family].names.resolve(family, found.base, prefixes);
         hits.retain(|hit| {
             let only = self.families[hit.family].components[hit.component].rows[hit.row].op == Op::Only;
             // A bare parameter name means "replace it"; factors of a norm make no sense.
@@ -357,10 +432,10 @@ impl Registry {
     }
 
     /// The families whose names, with what stands around names, have all words of a key. A family that is not among them
-    /// cannot explain it.
+    /// cannot explain it. Digits are no words, so a form has those of its keys.
     pub(crate) fn possible(&self, key: &str) -> Vec<usize> {
         // The name of a PEFT adapter can be any word.
-        let named = self.suffixes.iter().filter(|s| s.tail.is_some()).find_map(|s| s.strip(key));
+        let named = self.suffixes.iter().filter(|s| s.ending.tail.is_some()).find_map(|s| s.strip(key));
         let Some(numbers) = self.vocabulary.numbers(named.map_or(key, |n| n.base)) else { return Vec::new() };
         (0..self.families.len()).filter(|&family| self.vocabulary.has(family, &numbers)).collect()
     }
@@ -376,9 +451,9 @@ impl Registry {
     pub fn partner(&self, found: &SuffixMatch<'_>, slot: Slot) -> String {
         let same_list = self.suffixes.iter().find(|s| s.slot == slot && s.index == found.spelling);
         let suffix = same_list.or_else(|| self.suffixes.iter().filter(|s| s.slot == slot).min_by_key(|s| s.index));
-        let suffix = suffix.map_or_else(String::new, |s| match &s.tail {
-            Some(tail) => format!("{}{}{tail}", s.head, found.adapter.unwrap_or("default")),
-            None => s.head.clone(),
+        let suffix = suffix.map_or_else(String::new, |s| match &s.ending.tail {
+            Some(tail) => format!("{}{}{tail}", s.ending.head, found.adapter.unwrap_or("default")),
+            None => s.ending.head.clone(),
         });
         format!("{}{suffix}", found.base)
     }
@@ -395,7 +470,7 @@ impl Registry {
 
     /// The same with how far it is.
     fn closest(&self, family: usize, key: &str) -> Option<(usize, String)> {
-        let found = self.suffixes.iter().filter(|s| !s.head.is_empty()).find_map(|s| s.strip(key));
+        let found = self.suffixes.iter().filter(|s| !s.ending.head.is_empty()).find_map(|s| s.strip(key));
         let (base, suffix) = found.map_or((key, ""), |f| (f.base, f.suffix));
         let names = &self.compiled[family].names;
         let prefix = names.prefixes.iter().find(|p| base.starts_with(&*p.text))?;

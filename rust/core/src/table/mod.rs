@@ -24,8 +24,8 @@ use serde::Deserialize;
 
 pub use compile::{Components, Natives, Places};
 pub use loaders::{Answer, Program, Rule};
-pub(crate) use lookup::edit_distance;
 pub use lookup::{Hit, Read, SuffixMatch};
+pub(crate) use lookup::{Routes, edit_distance, form};
 pub use native::{Layer, Native};
 use pattern::Template;
 

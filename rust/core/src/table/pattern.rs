@@ -44,25 +44,35 @@ pub struct Skeleton {
 impl Skeleton {
     /// Brings a path to digit-run form. `None` if a number is not written the one canonical way.
     pub fn of(path: &str) -> Option<Self> {
-        let (mut text, mut digits) = (String::with_capacity(path.len()), Vec::new());
-        let mut rest = path;
-        while let Some(c) = rest.chars().next() {
-            if c.is_ascii_digit() {
-                let end = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
-                let (run, tail) = rest.split_at(end);
-                if run.len() > 1 && run.starts_with('0') {
-                    return None;
-                }
-                digits.push(run.parse().ok()?);
-                text.push(RUN);
-                rest = tail;
-            } else {
-                text.push(if c == '.' { '_' } else { c });
-                rest = &rest[c.len_utf8()..];
-            }
-        }
-        Some(Self { text, digits })
+        Some(Self { text: skeleton(path), digits: digits(path)? })
     }
+}
+
+/// A path with its digit runs replaced by `#`, dots by underscores. What is replaced already stays.
+pub fn skeleton(path: &str) -> String {
+    let mut text = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some(at) = rest.find(|c: char| c.is_ascii_digit() || c == '.') {
+        text.push_str(&rest[..at]);
+        rest = match rest[at..].strip_prefix('.') {
+            Some(tail) => {
+                text.push('_');
+                tail
+            }
+            None => {
+                text.push(RUN);
+                rest[at..].trim_start_matches(|c: char| c.is_ascii_digit())
+            }
+        };
+    }
+    text.push_str(rest);
+    text
+}
+
+/// The digit runs of a path. `None` if a number is not written the one canonical way.
+pub fn digits(path: &str) -> Option<Vec<u32>> {
+    let runs = path.split(|c: char| !c.is_ascii_digit()).filter(|run| !run.is_empty());
+    runs.map(|run| if run.len() > 1 && run.starts_with('0') { None } else { run.parse().ok() }).collect()
 }
 
 impl Template {
@@ -231,6 +241,8 @@ mod tests {
 
     #[test]
     fn skeletons() {
+        assert_eq!(skeleton("a.12_b3..c"), "a_#_b#__c");
+        assert_eq!(skeleton(&skeleton("a.12_b3..c")), "a_#_b#__c");
         let s = Skeleton::of("double_blocks.3.img_mlp.0").expect("plain");
         assert_eq!((s.text.as_str(), s.digits.as_slice()), ("double_blocks_#_img_mlp_#", &[3, 0][..]));
         assert_eq!(Skeleton::of("double_blocks_3_img_mlp_0"), Some(s));

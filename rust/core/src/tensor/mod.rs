@@ -135,6 +135,16 @@ impl Tensor {
         self.pieces.iter().map(of).fold(0.0, f64::max)
     }
 
+    /// The bytes of some rows, where they lie in a source just as they are wanted.
+    pub fn stored(&self, rows: Range<usize>) -> Option<&[u8]> {
+        match self.pieces.as_slice() {
+            [p] if (p.rows, p.cols) == (self.rows(), self.cols()) && p.dtype == self.dtype && p.scale == 1.0 => {
+                p.run_of(rows)
+            }
+            _ => None,
+        }
+    }
+
     /// Rows that are best read together.
     pub fn block(&self) -> usize {
         match self.pieces.as_slice() {
