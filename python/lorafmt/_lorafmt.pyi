@@ -5,7 +5,6 @@ The native part of lorafmt. Private: the package's own modules are the interface
 
 from _typeshed import SupportsGetItem
 from os import PathLike
-from pathlib import Path
 from typing import Any, Final, SupportsFloat, SupportsIndex, final
 
 __all__ = ["__version__", "Adapter", "Base", "Plan", "address", "batch", "batch_plan", "check", "completed", "components", "converted", "diff", "error_codes", "expand", "extract", "formats", "fuse", "native_dialect", "plan", "register_table", "report", "run", "tables", "unfuse", "write"]
@@ -32,6 +31,11 @@ class Adapter:
     def ensure_sound(self, /) -> None:
         """
         Raises the first problem, if there is one.
+        """
+    @staticmethod
+    def glance(url: str, options: str = "{}", base: Base | None = None) -> str:
+        """
+        What the file of an address is, as JSON. Its header is read, and of its tensors those that say something of it.
         """
     def inspect(self, /, weights: bool = False) -> str:
         """
@@ -66,13 +70,13 @@ class Base:
         Family, fingerprint, precision, rank of most branches, and number of layers.
         """
     @staticmethod
-    def open(path: str | PathLike[str]) -> Base:
+    def open(source: bytes | str | PathLike[str] | tuple[str | PathLike[str], str, bool] | tuple[SupportsGetItem[int, tuple[str, str, SupportsGetItem[int, SupportsIndex], tuple[SupportsIndex, SupportsIndex, Any]]], SupportsGetItem[int, tuple[str, str]]]) -> Base:
         """
         Opens a checkpoint.
         """
-    def path(self, /) -> Path:
+    def path(self, /) -> str:
         """
-        The file.
+        The file's path or address.
         """
 
 @final

@@ -88,6 +88,21 @@ def located(src: Any, options: Mapping[str, Any] | None = None) -> Iterator[Nati
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def on_hub(src: Any, options: Mapping[str, Any] | None = None) -> str | None:
+    """The whole address of what is on a hub, where nothing but its place is said of it; None for all else."""
+    from . import hub
+
+    chosen = hub.checked(dict(options or {}))
+    place = chosen.keys() <= {"weight_name", "subfolder", "revision"}
+    if not place or not isinstance(src, str) or os.path.exists(src):
+        return None
+    address = _lorafmt.address(src, bool(chosen))
+    if address is None or address[0] != "hf":
+        return None
+    _, repo, revision, path = address
+    return hub.address(repo, *hub.place(revision, path, chosen))
+
+
 def usage_error(message: str, hint: str) -> UsageError:
     """An error about an argument, as the native module makes them."""
     error = UsageError(message)

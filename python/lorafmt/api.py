@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 from . import _lorafmt, reports
 from ._merging import Merging, choices
 from ._names import Dialect, Dtype, Family, Lossy, Unknown
-from ._sources import fill_numpy, fill_torch, framework_of, located, usage_error
+from ._sources import fill_numpy, fill_torch, framework_of, located, on_hub, usage_error
 from ._strength import finite as _finite
 from ._strength import strength as _strength
 from .adapter import Adapter
@@ -65,6 +65,21 @@ def _native(
         return _lorafmt.Adapter.open(source, json.dumps({"family": family, "from": from_}), native_base(base))
 
 
+def _looked_at(
+    src: Any,
+    family: str | None,
+    from_: str | None,
+    weights: bool,
+    base: BaseLike | None,
+    hub: Mapping[str, Any],
+) -> str:
+    """What a file is, as JSON."""
+    url = None if weights else on_hub(src, hub)
+    if url is None:
+        return _native(src, family, from_, native_base(base), hub).inspect(weights)
+    return _lorafmt.Adapter.glance(url, json.dumps({"family": family, "from": from_}), native_base(base))
+
+
 def open(
     src: Source,
     *,
@@ -102,16 +117,17 @@ def inspect(
     """What a file is: dialect, family, kind, ranks, who loads it. Reads the header and alphas only.
 
     ``weights`` also measures them, which reads all: see :class:`lorafmt.Weights`. ``base`` is taken off native files.
-    ``hub`` is as for :func:`open`; files of a hub are fetched whole.
+    ``hub`` is as for :func:`open`; of a hub's files, too, only headers and alphas are read, by ranged requests, unless
+    the cache has them. With ``weights``, ``token`` or ``cache_dir`` they are fetched whole.
     """
-    return reports._info(_native(src, family, from_, native_base(base), hub).inspect(weights))
+    return reports._info(_looked_at(src, family, from_, weights, base, hub))
 
 
 def detect(
     src: Source, *, family: Family | None = None, from_: Dialect | None = None, **hub: Unpack[HubOptions]
 ) -> reports.Detection:
     """The dialect and family of a file, and the share of its keys that they explain. ``hub`` is as for :func:`open`."""
-    return reports._detection(_native(src, family, from_, None, hub).inspect())
+    return reports._detection(_looked_at(src, family, from_, False, None, hub))
 
 
 def check(src: Source, *, family: Family | None = None, from_: Dialect | None = None) -> reports.CheckReport:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _lorafmt
-from ._sources import fill_numpy, fill_torch
+from ._sources import fill_numpy, fill_torch, located
 
 if TYPE_CHECKING:
     from .api import Layout, Source, Strength
@@ -23,23 +23,25 @@ class Base:
     """
 
     def __init__(self, path: str | os.PathLike[str] | _lorafmt.Base) -> None:
-        self._native = path if isinstance(path, _lorafmt.Base) else _lorafmt.Base.open(os.fspath(path))
+        self._native = path if isinstance(path, _lorafmt.Base) else _opened(path)
         self._facts = self._native.facts()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Base:
         """Opens a checkpoint: ``transformer_blocks.safetensors``, or a single file of either generation.
 
+        It can be an address, as an adapter can; then it is fetched first.
+
         Raises:
             FormatError: ``invalid-base`` if the file holds no quantized layers, ``invalid-packing`` if its branches
                 have sizes that cannot be.
         """
-        return cls(_lorafmt.Base.open(os.fspath(path)))
+        return cls(_opened(path))
 
     @property
     def path(self) -> str:
-        """The file."""
-        return os.fspath(self._native.path())
+        """The file's path or address."""
+        return self._native.path()
 
     @property
     def family(self) -> str:
@@ -97,4 +99,9 @@ def native_base(base: Any) -> _lorafmt.Base | None:
         return base
     if isinstance(base, Base):
         return base._native
-    return _lorafmt.Base.open(os.fspath(base))
+    return _opened(base)
+
+
+def _opened(path: str | os.PathLike[str]) -> _lorafmt.Base:
+    with located(path) as source:
+        return _lorafmt.Base.open(source)

@@ -61,10 +61,8 @@ def fetch(repo: str, revision: str | None, path: str, options: dict[str, Any]) -
     except ImportError as error:
         raise missing_package("huggingface_hub", "reads files of a hub") from error
 
-    revision = _agreed("revision", revision, options.get("revision"))
-    parts = [path, options.get("subfolder") or "", options.get("weight_name") or ""]
-    path = str(PurePosixPath(*[part for part in parts if part])) if any(parts) else ""
-    at = f"hf://{repo}" + (f"@{revision.replace('/', '%2F')}" if revision else "")
+    revision, path = place(revision, path, options)
+    at = address(repo, revision)
     common = {name: options[name] for name in ("token", "cache_dir", "local_files_only") if name in options}
     try:
         if PurePosixPath(path).suffix != ".safetensors":
@@ -78,7 +76,20 @@ def fetch(repo: str, revision: str | None, path: str, options: dict[str, Any]) -
         if translated is None:
             raise
         raise translated from error
-    return local, f"{at}/{path}", complete
+    return local, address(repo, revision, path), complete
+
+
+def place(revision: str | None, path: str, options: dict[str, Any]) -> tuple[str | None, str]:
+    """Revision and path of an address, as options say more of them."""
+    parts = [path, options.get("subfolder") or "", options.get("weight_name") or ""]
+    path = str(PurePosixPath(*[part for part in parts if part])) if any(parts) else ""
+    return _agreed("revision", revision, options.get("revision")), path
+
+
+def address(repo: str, revision: str | None, path: str = "") -> str:
+    """The address of a repository, or of a path in it."""
+    at = f"hf://{repo}" + (f"@{revision.replace('/', '%2F')}" if revision else "")
+    return f"{at}/{path}" if path else at
 
 
 def _agreed(name: str, one: str | None, other: str | None) -> str | None:

@@ -294,6 +294,52 @@ def test_an_unfinished_line_is_no_record(library: Path, tmp_path: Path) -> None:
     assert len(lines(manifest)) == 3
 
 
+# ---------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture(scope="module")
+def full_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that lets writes fail as those to a full disk do."""
+    made = tmp_path_factory.mktemp("shim") / "full_disk.so"
+    source = Path(__file__).with_name("full_disk.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", source, "-o", made, "-ldl"], check=True)
+    return made
+
+
+def on_full_disk(shim: Path, under: Path, room: int, *line: object) -> subprocess.CompletedProcess[str]:
+    env = {"LD_PRELOAD": str(shim), "FULL_DISK_UNDER": str(under), "FULL_DISK_BYTES": str(room)}
+    words = [sys.executable, "-m", "lorafmt", *map(str, line)]
+    return subprocess.run(words, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
+def test_a_full_disk_stops_the_run_and_room_resumes_it(full_disk: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    for number in range(20):
+        adapter(source / f"{number:02}.safetensors", number)
+    size = (source / "00.safetensors").stat().st_size
+    line = ["batch", source, "--to", "diffusers", "--out-dir", out]
+    ended = on_full_disk(full_disk, out, 5 * size, *line, "--jobs", 1)
+    assert ended.returncode == 3 and "no space left" in ended.stderr, ended.stderr
+    some = tree(out)
+    assert 0 < len(some) < 20 and not any(".lorafmt-" in name for name in some)
+    failed = [record["error"] for record in lines(out / "manifest.jsonl") if record["outcome"] == "failed"]
+    assert [error["code"] for error in failed] == ["disk-full"]  # type: ignore[index]
+    report = lorafmt.batch(source, out, to="diffusers")
+    assert (report.unchanged, report.done, report.failed) == (len(some), 20 - len(some), 0)
+    lorafmt.batch(source, tmp_path / "whole", to="diffusers")
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
+def test_a_disk_without_room_for_the_manifest(full_disk: Path, tmp_path: Path) -> None:
+    source, out = adapter(tmp_path / "in/a.safetensors").parent, tmp_path / "out"
+    ended = on_full_disk(full_disk, out / "manifest.jsonl", 10, "batch", source, "--to", "kohya", "--out-dir", out)
+    assert ended.returncode == 2 and "manifest.jsonl" in ended.stderr, ended.stderr
+    report = lorafmt.batch(source, out, to="kohya")
+    assert (report.done, report.failed) == (1, 0)
+
+
 # ---------------------------------------------------------------------------- files beside the sources
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bases import BaseSpec, make_base
 
 from generate import KOHYA
 from localhub import Fault, LocalHub, Repo
@@ -250,6 +251,41 @@ def test_looking_reads_headers_and_alphas_only(hub: LocalHub, place: Place) -> N
     again = place.document("inspect", "hf://user/repo/big.safetensors")
     again.pop("path")
     assert again == far and not hub.faults
+
+
+def test_python_looks_at_no_more(hub: LocalHub, place: Place) -> None:
+    place.run("sample", "--family", "flux1", "--dialect", "kohya", "--rank", "4", "-o", "big.safetensors")
+    big = (place.folder / "big.safetensors").read_bytes()
+    hub.repos["user/repo"].commit({"big.safetensors": big})
+    hub.seen.clear()
+    code = """
+import json, lorafmt
+near = lorafmt.inspect("big.safetensors").to_dict()
+far = lorafmt.inspect("user/repo", weight_name="big.safetensors", revision="main").to_dict()
+print(json.dumps([near.pop("path"), far.pop("path"), near == far, lorafmt.detect("user/repo/big.safetensors").family]))
+"""
+    assert place.python(code) == ["big.safetensors", "hf://user/repo@main/big.safetensors", True, "flux1"]
+    assert hub.sent() < len(big) / 20
+    assert blobs(place) == []
+
+
+def test_a_base_by_address(hub: LocalHub, place: Place, content: bytes) -> None:
+    base = make_base(place.folder / "base.safetensors", BaseSpec(1, 1, rank=16, layout="v1"))
+    (place.folder / "style.safetensors").write_bytes(content)
+    hub.repos["user/repo"].commit({"base.safetensors": base.read_bytes()})
+    place.run("convert", "style.safetensors", "--to", "nunchaku", "--base", "base.safetensors", "-o", "near.safetensors")
+    far = "hf://user/repo/base.safetensors"
+    place.run("convert", "style.safetensors", "--to", "nunchaku", "--base", far, "-o", "far.safetensors")
+    near = (place.folder / "near.safetensors").read_bytes()
+    assert (place.folder / "far.safetensors").read_bytes() == near
+    pytest.importorskip("huggingface_hub")
+    code = f"""
+import json, lorafmt
+lorafmt.convert("style.safetensors", "again.safetensors", to="nunchaku", base={far!r})
+print(json.dumps(lorafmt.Base.open({far!r}).path))
+"""
+    assert place.python(code) == far
+    assert (place.folder / "again.safetensors").read_bytes() == near
 
 
 def test_measuring_reads_all(hub: LocalHub, place: Place, content: bytes) -> None:

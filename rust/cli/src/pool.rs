@@ -33,7 +33,8 @@ pub(crate) fn in_order<T: Send>(
         return;
     }
     let next = AtomicUsize::new(0);
-    let (sender, results) = mpsc::channel();
+    // Bounded: whoever reads the answers may be slower than the work.
+    let (sender, results) = mpsc::sync_channel(threads);
     std::thread::scope(|scope| {
         for _ in 0..threads {
             let (sender, next, work) = (sender.clone(), &next, &work);

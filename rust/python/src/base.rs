@@ -1,6 +1,6 @@
 //! Quantized checkpoints.
 
-use std::path::PathBuf;
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use lorafmt_core::native::Base as CoreBase;
@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use crate::enter::enter;
 use crate::registry;
+use crate::source::SourceArgument;
 
 /// An opened base checkpoint: its header, and views of its branches.
 #[pyclass(frozen, module = "lorafmt._lorafmt")]
@@ -19,13 +20,14 @@ pub(crate) struct Base {
 impl Base {
     /// Opens a checkpoint.
     #[staticmethod]
-    fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        enter(py, None, |_| Ok(Self { inner: Arc::new(CoreBase::open(&registry(), &path)?) }))
+    fn open(py: Python<'_>, source: SourceArgument<'_>) -> PyResult<Self> {
+        let source = source.prepare()?;
+        enter(py, None, |_| Ok(Self { inner: Arc::new(CoreBase::read(&registry(), Arc::new(source.open()?))?) }))
     }
 
-    /// The file.
-    fn path(&self) -> PathBuf {
-        self.inner.path().to_path_buf()
+    /// The file's path or address.
+    fn path(&self) -> Cow<'_, str> {
+        self.inner.path().to_string_lossy()
     }
 
     /// Family, fingerprint, precision, rank of most branches, and number of layers.

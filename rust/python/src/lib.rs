@@ -30,6 +30,7 @@ use lorafmt_core::strength::Strength;
 use lorafmt_core::table::Registry;
 use lorafmt_core::tensor::Tensor;
 use lorafmt_core::{inspect as core_inspect, ops};
+use lorafmt_remote::Remote;
 use pyo3::prelude::*;
 use serde_json::Value;
 
@@ -140,6 +141,22 @@ impl Adapter {
     /// Raises the first problem, if there is one.
     fn ensure_sound(&self, py: Python<'_>) -> PyResult<()> {
         enter(py, None, |_| self.sound().map(drop))
+    }
+
+    /// What the file of an address is, as JSON. Its header is read, and of its tensors those that say something of it.
+    #[staticmethod]
+    #[pyo3(signature = (url, options="{}", base=None))]
+    fn glance(py: Python<'_>, url: &str, options: &str, base: Option<Py<Base>>) -> PyResult<String> {
+        let options = options::parse(options);
+        enter(py, None, |control| {
+            let (registry, options) = (registry(), options?);
+            let given = convert::given(&registry, options.family.as_deref(), options.from.as_deref())?;
+            let given = Given { base: base.map(|b| Arc::clone(&b.get().inner)), ..given };
+            Remote::from_env()?.glance(url, control, |source| {
+                let (adapter, problems) = decode_lenient(&registry, &source, &given)?;
+                Ok(to_json(&core_inspect::inspect(&adapter, &problems)))
+            })
+        })
     }
 
     /// What it is, as JSON; with `weights` also what its weights look like.

@@ -102,7 +102,6 @@ impl Context {
         let view = View { paths: width.unwrap_or(0), ..view };
         let progress = self.out.progress(inputs.len());
         let mut tally = Tally::default();
-        let mut documents = Vec::new();
         let one = |i: usize| {
             if interrupt::stopped() {
                 return Err(Error::new(Code::Interrupted, "interrupted"));
@@ -112,20 +111,15 @@ impl Context {
         pool::in_order(inputs.len(), self.global.jobs, one, |i, result| {
             progress.count();
             tally.count(&result, self.global.strict);
-            if self.out.json {
-                documents.push(document(&inputs[i].path, result, found.many));
-            } else {
-                progress.suspend(|| self.show(&inputs[i].path, result, &view, found.many));
-            }
+            progress.suspend(|| match (self.out.json, found.many) {
+                (false, many) => self.show(&inputs[i].path, result, &view, many),
+                (true, false) => self.out.document(&document(&inputs[i].path, result, false)),
+                (true, true) => self.out.element(&document(&inputs[i].path, result, true), i == 0),
+            });
         });
         drop(progress);
-        match documents.pop() {
-            Some(only) if !found.many => self.out.document(&only),
-            Some(last) => {
-                documents.push(last);
-                self.out.document(&documents.into());
-            }
-            None => {}
+        if self.out.json && found.many && !inputs.is_empty() {
+            self.out.end_of_array();
         }
         if found.many {
             self.out.note(&tally.summary());

@@ -17,11 +17,13 @@ use lorafmt_core::{Code, Error, Result};
 use crate::args::{LossyArg, NativeArgs, PrecisionArg, UnknownArg, Writing};
 use crate::interrupt;
 use crate::output::{self, Converted, Part, Progress};
+use crate::sources::Input;
 use crate::targets::Goal;
 
-/// The base, opened once for all files.
+/// The base, opened once for all files; what is elsewhere is fetched.
 pub(super) fn open_base(registry: &Registry, path: Option<&Path>) -> Result<Option<Arc<Base>>> {
-    path.map(|path| Base::open(registry, path).map(Arc::new)).transpose()
+    let open = |path| Base::read(registry, Arc::new(Input::new(path).open(None)?));
+    path.map(|path| open(path).map(Arc::new)).transpose()
 }
 
 pub(super) fn native_options(args: &NativeArgs, base: Option<&Arc<Base>>) -> Option<NativeOptions> {

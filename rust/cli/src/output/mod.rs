@@ -118,6 +118,18 @@ impl Output {
         self.print(|out| writeln!(out, "{value:#}"));
     }
 
+    /// Prints one of several JSON documents, which together are one array; `first` begins it.
+    pub(crate) fn element(&mut self, value: &Value, first: bool) {
+        let text = format!("{value:#}").replace('\n', "\n  ");
+        let before = if first { "[" } else { "," };
+        self.print(|out| write!(out, "{before}\n  {text}"));
+    }
+
+    /// Ends the array of JSON documents.
+    pub(crate) fn end_of_array(&mut self) {
+        self.print(|out| writeln!(out, "\n]"));
+    }
+
     fn print(&mut self, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) {
         let mut out = AutoStream::auto(std::io::stdout()).lock();
         if let Err(error) = write(&mut out).and_then(|()| out.flush())
