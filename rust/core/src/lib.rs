@@ -28,6 +28,7 @@ pub mod native;
 pub mod ops;
 pub mod page;
 pub mod plan;
+mod pool;
 pub mod random;
 pub mod recipe;
 pub mod report;

@@ -16,6 +16,7 @@ mod man;
 mod merge;
 mod native;
 mod normalize;
+mod quantize;
 mod rank;
 mod report;
 mod resize;
@@ -47,6 +48,7 @@ pub(crate) use man::ManArgs;
 pub(crate) use merge::MergeArgs;
 pub(crate) use native::{LayoutArg, NativeArgs, PrecisionArg};
 pub(crate) use normalize::NormalizeArgs;
+pub(crate) use quantize::QuantizeArgs;
 pub(crate) use rank::RankArgs;
 pub(crate) use report::ReportArgs;
 pub(crate) use resize::{ResizeArgs, ResizeMethod};
@@ -126,6 +128,7 @@ pub(crate) enum Command {
     Extract(ExtractArgs),
     Diff(DiffArgs),
     Report(ReportArgs),
+    Quantize(QuantizeArgs),
     Sample(SampleArgs),
     Formats(FormatsArgs),
     #[command(hide = true)]

@@ -12,6 +12,8 @@ mod formats;
 mod fuse;
 mod inspect;
 mod normalize;
+mod python;
+mod quantize;
 mod ray;
 mod report;
 mod resize;
@@ -62,6 +64,7 @@ pub(crate) fn dispatch(cli: Cli) -> ExitStatus {
         Command::Extract(args) => extract::run(args, &mut context),
         Command::Diff(args) => diff::run(args, &mut context),
         Command::Report(args) => report::run(args, &mut context),
+        Command::Quantize(args) => quantize::run(args, &context),
         Command::Sample(args) => sample::run(args, &mut context),
         Command::Formats(_) => formats::run(&mut context),
         Command::Completions(args) => shell::completions(args, &mut context),

@@ -1,12 +1,12 @@
 //! The engine of a cluster is Python's: this starts it, and tells what it says.
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use lorafmt_core::batch::Summary;
 use lorafmt_core::{Code, Error, Result};
 use serde_json::{Value, json};
 
-use super::{Context, batch};
+use super::{Context, batch, python};
 use crate::ExitStatus;
 use crate::args::{BatchArgs, DtypeArg, DuplicatesArg, LossyArg, OpArg, UnknownArg};
 
@@ -16,17 +16,12 @@ pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus>
     if args.writing.dry_run || !args.plan.is_empty() || !context.global.table.is_empty() {
         return Err(Error::new(Code::InvalidArgument, "`--engine ray` takes no `--dry-run`, `--plan` and `--table`"));
     }
-    // Python sets this where it runs the command itself.
-    let python = std::env::var_os("LORAFMT_PYTHON").unwrap_or_else(|| "python3".into());
     let address = args.run.engine.strip_prefix("ray:");
     let texts = [options(args), json!(args.native.base), json!(address)].map(|value| value.to_string());
-    let child =
-        Command::new(&python).arg("-c").arg(PROGRAM).args(texts).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
-    let output = child.and_then(std::process::Child::wait_with_output).map_err(|e| {
-        Error::new(Code::NotFound, format!("cannot start Python: {e}"))
-            .at(python.as_ref())
-            .hint("name an interpreter that has lorafmt and Ray in LORAFMT_PYTHON")
-    })?;
+    let mut command = python::interpreter(PROGRAM);
+    command.args(texts).stdout(Stdio::piped());
+    let child = command.spawn().and_then(std::process::Child::wait_with_output);
+    let output = child.map_err(|error| python::not_started(&command, "Ray", error))?;
     let said: Option<Summary> = output.stdout.split(|&b| b == b'\n').find_map(|line| serde_json::from_slice(line).ok());
     match said {
         Some(summary) => {

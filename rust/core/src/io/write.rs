@@ -15,6 +15,7 @@ use rayon::prelude::*;
 use crate::cast::Loss;
 use crate::error::{Code, Error, Result};
 use crate::plan::{Digest, Output, Plan};
+use crate::pool::Pool;
 
 /// Bytes computed and written at a time by one thread. Fits the second-level cache and keeps private memory small.
 const TILE: usize = 512 * 1024;
@@ -226,14 +227,10 @@ fn each_tile(
 ) -> Result<Loss> {
     control.expect(layout.len);
     let total = Mutex::new(Loss::default());
-    // As many as threads; a new one for every tile would be filled with zeros every time.
-    let buffers = Mutex::new(Vec::new());
-    let lock = || buffers.lock().unwrap_or_else(PoisonError::into_inner);
+    let buffers = Pool::default();
     layout.tiles().into_par_iter().with_max_len(1).try_for_each(|tile| {
         control.check()?;
-        let mut buffer = lock().pop().unwrap_or_default();
-        let loss = tile.write(&mut buffer, &write)?;
-        lock().push(buffer);
+        let loss = buffers.with(|buffer| tile.write(buffer, &write))?;
         if loss != Loss::default() {
             *total.lock().unwrap_or_else(PoisonError::into_inner) |= loss;
         }

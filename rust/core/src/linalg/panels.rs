@@ -14,8 +14,12 @@ use crate::simd::Simd;
 /// Columns of a panel: two vectors of 16 numbers, or more of fewer.
 pub(crate) const WIDE: usize = 32;
 
-/// Rows that are computed together: with two vectors each, they and their factors fit into 16 registers.
-pub(crate) const TALL: usize = 6;
+/// Rows of a block. Each panel is read once for them, from the second-level cache.
+pub(crate) const TALL: usize = 12;
+
+/// Rows that are computed together: with two vectors each, they and their factors fit into 16 registers; of the widest
+/// vectors there are 32, which take the whole block.
+const FEW: usize = 6;
 
 /// More terms than this are not bounded: the second order would show.
 pub(crate) const MOST_TERMS: usize = 1 << 12;
@@ -131,7 +135,6 @@ impl Blocks {
 
 /// Computes one block of rows of the sum of some products, over the columns of one panel, into `out` from column `at`.
 #[inline(always)]
-#[allow(clippy::needless_range_loop)]
 pub(crate) fn multiply<'a, S: Simd, const N: usize>(
     simd: S,
     factors: &[(&'a Blocks, &'a Panels)],
@@ -139,26 +142,46 @@ pub(crate) fn multiply<'a, S: Simd, const N: usize>(
     out: &mut [[f32; N]; TALL],
     at: usize,
 ) {
+    if S::F32_LANES >= 16 {
+        rows::<S, TALL, N>(simd, factors, (block, panel), 0, out, at);
+    } else {
+        for first in (0..TALL).step_by(FEW) {
+            rows::<S, FEW, N>(simd, factors, (block, panel), first, out, at);
+        }
+    }
+}
+
+/// Some rows of a block, from `top` on.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)]
+fn rows<'a, S: Simd, const ROWS: usize, const N: usize>(
+    simd: S,
+    factors: &[(&'a Blocks, &'a Panels)],
+    (block, panel): (usize, usize),
+    top: usize,
+    out: &mut [[f32; N]; TALL],
+    at: usize,
+) {
     // Plain loops: closures and iterators are compiled for the oldest processor unless they are inlined, and they are
     // not always.
     let lanes = S::F32_LANES;
     for first in (0..WIDE).step_by(2 * lanes) {
-        let mut sums = [[simd.splat_f32s(0.0); 2]; TALL];
+        let mut sums = [[simd.splat_f32s(0.0); 2]; ROWS];
         for &(left, right) in factors {
             let (left, right) = (left.block(block), right.panel(panel));
             for k in 0..left.len().min(right.len()) {
                 let (left, right) = (&left[k], &right[k]);
                 let right = S::as_simd_f32s(&right[first..first + 2 * lanes]).0;
                 let (right0, right1) = (right[0], right[1]);
-                for row in 0..TALL {
-                    let left = simd.splat_f32s(left[row]);
+                for row in 0..ROWS {
+                    let left = simd.splat_f32s(left[top + row]);
                     sums[row][0] = simd.mul_add_e_f32s(left, right0, sums[row][0]);
                     sums[row][1] = simd.mul_add_e_f32s(left, right1, sums[row][1]);
                 }
             }
         }
-        for row in 0..TALL {
-            let out = S::as_mut_simd_f32s(&mut out[row][at + first..at + first + 2 * lanes]).0;
+        for row in 0..ROWS {
+            let out = S::as_mut_simd_f32s(&mut out[top + row][at + first..at + first + 2 * lanes]).0;
             out[0] = sums[row][0];
             out[1] = sums[row][1];
         }

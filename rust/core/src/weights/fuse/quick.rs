@@ -14,7 +14,10 @@ use crate::simd::{Simd, WithSimd};
 use crate::weights::round::bf16_of;
 
 /// Columns whose changes are held at a time: they stay in the first-level cache.
-const CHUNK: usize = 16 * WIDE;
+const CHUNK: usize = 8 * WIDE;
+
+/// Bytes that memory is read by.
+const LINE: usize = 64;
 
 /// Elements that are rounded at a time, in loops of this very length.
 const GROUP: usize = 64;
@@ -59,18 +62,18 @@ impl<'a> Part<'a> {
 
     /// An element in float64.
     fn element(&self, row: usize, col: usize) -> f64 {
-        let (up, up_rest) = self.up.row(row).as_chunks::<4>();
-        let (down, down_rest) = self.down.panel(col / WIDE).as_chunks::<4>();
+        let (up, down) = (self.up.row(row), self.down.panel(col / WIDE));
+        let ((up, up_rest), (down, down_rest)) = (up.as_chunks::<4>(), down.as_chunks::<4>());
         let col = col % WIDE;
         // Four sums, so that one addition need not wait for the last.
         let mut sums = [0.0; 4];
-        for (u, v) in up.iter().zip(down) {
+        for k in 0..up.len().min(down.len()) {
             for lane in 0..4 {
-                sums[lane] += u[lane] * f64::from(v[lane][col]);
+                sums[lane] += up[k][lane] * f64::from(down[k][lane][col]);
             }
         }
-        for (u, v) in up_rest.iter().zip(down_rest) {
-            sums[0] += u * f64::from(v[col]);
+        for k in 0..up_rest.len().min(down_rest.len()) {
+            sums[0] += up_rest[k] * f64::from(down_rest[k][col]);
         }
         self.scale * ((sums[0] + sums[1]) + (sums[2] + sums[3]))
     }
@@ -103,6 +106,10 @@ impl WithSimd for Rows<'_> {
         let factors: Vec<_> = self.parts.iter().map(|part| (&part.blocks, part.down)).collect();
         let (base, out) = (self.base.as_chunks::<2>().0, self.out.as_chunks_mut::<2>().0);
         for first in (0..self.rows).step_by(TALL) {
+            // From first to last, as the processor foresees it: below, it is read in short pieces of every row.
+            for at in (first * self.cols..base.len().min((first + TALL) * self.cols)).step_by(LINE / 2) {
+                std::hint::black_box(base[at]);
+            }
             for start in (0..self.cols).step_by(CHUNK) {
                 let end = self.cols.min(start + CHUNK);
                 for at in (start..end).step_by(WIDE) {

@@ -217,17 +217,20 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// Computes the bytes of some rows into the scratch.
+    /// Computes the bytes of some rows into the scratch, from its first on.
     pub(super) fn tile(&self, rows: &Range<usize>, rounding: Rounding<'_>, scratch: &mut Scratch) -> Measure {
         let base = self.original(rows);
-        scratch.bytes.resize(base.len(), 0);
+        if scratch.bytes.len() < base.len() {
+            scratch.bytes.resize(base.len(), 0);
+        }
+        let out = &mut scratch.bytes[..base.len()];
         if let (Rounding::Nearest, Some(parts)) = (rounding, self.parts(rows)) {
-            return run(Rows { parts: &parts, rows: rows.len(), cols: self.cols, base, out: &mut scratch.bytes });
+            return run(Rows { parts: &parts, rows: rows.len(), cols: self.cols, base, out });
         }
         let delta = self.wanted(rows, std::mem::take(&mut scratch.delta));
         let replaced = self.replaced(rows);
         let (delta_ref, replaced) = (delta.data(), replaced.as_deref());
-        let measure = run(Added { work: self, rows, delta: delta_ref, replaced, rounding, out: &mut scratch.bytes });
+        let measure = run(Added { work: self, rows, delta: delta_ref, replaced, rounding, out });
         scratch.delta = delta.into_data();
         measure
     }

@@ -13,6 +13,7 @@ use super::claims::{Claims, Touched};
 use super::work::{Measure, Scratch, Work};
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Source, write_at};
+use crate::pool::Pool;
 use crate::random::Counter;
 use crate::weights::Checkpoint;
 use crate::weights::checkpoint::At;
@@ -91,17 +92,24 @@ impl Rewrite<'_> {
         write_at(file, &head, 0).map_err(fail)?;
         self.control.advance(old);
         let place = |tensor: usize| source.tensors()[tensor].range.start - old + head.len();
-        self.copy(file, path, &place)?;
-        self.patch(file, path, &place)?;
-        let mut measures = Vec::new();
-        for touched in self.touched() {
+        let one = |touched: &Touched| {
             let mut work = Work::new(self.checkpoint, self.claims, touched);
             let parameter = &self.checkpoint.parameters()[touched.parameter];
             if let Some((at, bytes)) = parameter.scale.and_then(|at| self.scales.get_key_value(&at)) {
                 work.rescale(self.checkpoint.shards()[at.0].source.tensors()[at.1].dtype, bytes);
             }
-            measures.push(self.tensor(&work, touched, file, path, place(parameter.at.1))?);
-        }
+            self.tensor(&work, touched, file, path, place(parameter.at.1))
+        };
+        self.copy(file, path, &place)?;
+        self.patch(file, path, &place)?;
+        let touched = self.touched();
+        let measures: Result<Vec<_>> = match self.undo {
+            // What is recorded stands in the order of the tensors.
+            Some(_) => touched.into_iter().map(one).collect(),
+            // While the last tiles of one tensor are computed, the factors of the next are read.
+            None => touched.into_par_iter().with_max_len(1).map(one).collect(),
+        };
+        let measures = measures?;
         Ok(Rewritten { measures, bytes })
     }
 
@@ -126,18 +134,21 @@ impl Rewrite<'_> {
         let stream = self.storing.seed.map(|seed| Counter::new(seed, key));
         let rounding = stream.as_ref().map_or(Rounding::Nearest, Rounding::Stochastic);
         let tiles = work.tiles();
+        let scratches = Pool::default();
         let done: Result<Vec<_>> = tiles
             .par_iter()
             .with_max_len(1)
-            .map_init(Scratch::default, |scratch, rows| {
+            .map(|rows| {
                 self.control.check()?;
-                let measure = work.tile(rows, rounding, scratch);
-                let buffer = &scratch.bytes;
-                write_at(file, buffer, (start + rows.start * work.line()) as u64)
-                    .map_err(|e| Error::io(path, "write the file", e))?;
-                self.control.advance(buffer.len());
-                let undo = self.undo.map(|_| Recorder::tile(work.dtype(), work.original(rows), buffer, rows.len()));
-                Ok((measure, undo))
+                scratches.with(|scratch: &mut Scratch| {
+                    let measure = work.tile(rows, rounding, scratch);
+                    let buffer = &scratch.bytes[..rows.len() * work.line()];
+                    write_at(file, buffer, (start + rows.start * work.line()) as u64)
+                        .map_err(|e| Error::io(path, "write the file", e))?;
+                    self.control.advance(buffer.len());
+                    let undo = self.undo.map(|_| Recorder::tile(work.dtype(), work.original(rows), buffer, rows.len()));
+                    Ok((measure, undo))
+                })
             })
             .collect();
         let mut total = Measure::default();

@@ -15,6 +15,7 @@ use super::{KEY, combined, hashed};
 use crate::dtype::Dtype;
 use crate::error::{Code, Error, Result};
 use crate::io::{Control, Header, Pending, Source, TensorInfo, WriteOptions, parse_head, write_at};
+use crate::pool::Pool;
 use crate::table::Registry;
 use crate::weights::files::Files;
 use crate::weights::output::{Folder, Role, copied, copy_range, listing, refuse_output};
@@ -279,24 +280,26 @@ impl Restore {
         let line = info.range.len() / rows.max(1);
         let Some(tiles) = tiles(undo.source.bytes(record), rows) else { return wrong("the undo file is damaged") };
         let changed = self.fused.bytes(at);
+        let buffers = Pool::default();
         let restored: Result<Vec<_>> = tiles
             .par_iter()
             .with_max_len(1)
-            .map_init(Vec::new, |buffer, (rows, code)| {
+            .map(|(rows, code)| {
                 control.check()?;
                 let bytes = rows.start * line..rows.end * line;
                 let fused = &changed[bytes.clone()];
-                buffer.clear();
-                buffer.resize(fused.len(), 0);
-                if code.len() == fused.len() {
-                    buffer.copy_from_slice(code);
-                } else if !decode(info.dtype, code, fused, buffer) {
-                    return Ok(None);
-                }
-                write_at(file, buffer, (info.range.start + bytes.start) as u64)
-                    .map_err(|e| Error::io(target, "write the file", e))?;
-                control.advance(buffer.len());
-                Ok(Some((hashed(fused), hashed(buffer))))
+                buffers.with(|buffer: &mut Vec<u8>| {
+                    buffer.resize(fused.len(), 0);
+                    if code.len() == fused.len() {
+                        buffer.copy_from_slice(code);
+                    } else if !decode(info.dtype, code, fused, buffer) {
+                        return Ok(None);
+                    }
+                    write_at(file, buffer, (info.range.start + bytes.start) as u64)
+                        .map_err(|e| Error::io(target, "write the file", e))?;
+                    control.advance(buffer.len());
+                    Ok(Some((hashed(fused), hashed(buffer))))
+                })
             })
             .collect();
         let hashes: Option<Vec<_>> = restored?.into_iter().collect();
