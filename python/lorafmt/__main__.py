@@ -13,7 +13,7 @@ def main() -> int:
     """Runs the command line and returns its exit code."""
     # The native program handles Ctrl-C itself: it removes what it was writing and exits with 130.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # `batch --engine ray` starts Python again, and wants this very one.
+    # `quantize` and `batch --engine ray` start Python again, and want this very one.
     os.environ.setdefault("LORAFMT_PYTHON", sys.executable)
     return run(["lorafmt", *sys.argv[1:]])
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bases import BaseSpec, make_base
 
+from bases import BaseSpec, make_base
 from generate import KOHYA
 from localhub import Fault, LocalHub, Repo
 from loras import MODULES, flat, lora
@@ -273,7 +273,9 @@ def test_a_base_by_address(hub: LocalHub, place: Place, content: bytes) -> None:
     base = make_base(place.folder / "base.safetensors", BaseSpec(1, 1, rank=16, layout="v1"))
     (place.folder / "style.safetensors").write_bytes(content)
     hub.repos["user/repo"].commit({"base.safetensors": base.read_bytes()})
-    place.run("convert", "style.safetensors", "--to", "nunchaku", "--base", "base.safetensors", "-o", "near.safetensors")
+    place.run(
+        "convert", "style.safetensors", "--to", "nunchaku", "--base", "base.safetensors", "-o", "near.safetensors"
+    )
     far = "hf://user/repo/base.safetensors"
     place.run("convert", "style.safetensors", "--to", "nunchaku", "--base", far, "-o", "far.safetensors")
     near = (place.folder / "near.safetensors").read_bytes()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -16,7 +20,6 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 import lorafmt
 from lorafmt import runtime
 from lorafmt.runtime import writing
-from lorafmt.runtime.__main__ import main
 
 BLOCK = "single_transformer_blocks.0"
 SHAPES = {"attn.to_q": (3072, 3072), "proj_mlp": (12288, 3072), "proj_out": (3072, 15360)}
@@ -82,13 +85,50 @@ def test_native_files_load_into_the_model_that_it_makes(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], buffer) for name, buffer in made.named_buffers())
 
 
-def test_the_command_writes_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def command(*words: object, status: int = 0) -> dict[str, Any]:
+    """What the command says as JSON."""
+    line = [sys.executable, "-m", "lorafmt", "quantize", *map(str, words), "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_command_writes_and_refuses(tmp_path: Path) -> None:
     tiny.model().save_pretrained(tmp_path / "model")
-    out = str(tmp_path / "out.safetensors")
-    command = ["quantize", str(tmp_path / "model"), "-o", out, "--rank", "16"]
-    assert main(command) == 0 and Path(out).stat().st_size > 100_000
-    assert main(command) == 2 and "[output-exists]" in capsys.readouterr().err
-    assert main([*command, "--force", "--no-modulation"]) == 0
+    out = tmp_path / "out.safetensors"
+    asked = (tmp_path / "model", "-o", out, "--rank", 16)
+    planned = command(*asked, "--dry-run")
+    assert planned["dry_run"] and not out.exists()
+    said = command(*asked)
+    assert said["target"]["bytes"] == out.stat().st_size and 0 < planned["target"]["bytes"] < out.stat().st_size
+    assert (said["layers"], said["rank"], said["target"]["dialect"]) == (planned["layers"], 16, "nunchaku")
+    content = out.read_bytes()
+    assert command(*asked, status=2)["error"]["code"] == "output-exists"
+    assert command(tmp_path / "none", "-o", out, "--force", status=2)["error"]["code"] in ("io", "not-found")
+    assert command(tmp_path / "model", "-o", tmp_path / "no/out", status=2)["error"]["code"] in ("io", "not-found")
+    assert command(*asked[:3], "--rank", 20, "--force", status=2)["error"]["code"] == "invalid-argument"
+    assert out.read_bytes() == content
+    command(*asked, "--force", "--no-modulation")
     assert tiny.run(runtime.load_quantized(None, out, family=tiny.register())).isfinite().all()
-    assert main(["quantize", str(tmp_path / "none"), "-o", out, "--force"]) == 2
-    assert main(["status"]) == 0 and "torch" in capsys.readouterr().out
+
+
+def test_the_command_smooths_by_maxima(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.save_pretrained(tmp_path / "model")
+    name = next(n for n, m in model.named_modules() if n.endswith("attn.to_q") and isinstance(m, nn.Linear))
+    maxima = {name: tiny.normal(3, model.get_submodule(name).in_features).abs() + 0.1}
+    save_file(maxima, tmp_path / "maxima.safetensors")
+    out = tmp_path / "out.safetensors"
+    asked = (tmp_path / "model", "-o", out, "--rank", 16, "--maxima", tmp_path / "maxima.safetensors")
+    assert command(*asked, "--alpha", 0.25)["smoothed"] == 1
+    direct = runtime.quantize_checkpoint(model, tmp_path / "direct.safetensors", rank=16, maxima=maxima, alpha=0.25)
+    assert load_file(out).keys() == load_file(direct).keys()
+    assert all(torch.equal(value, load_file(direct)[key]) for key, value in load_file(out).items())
+    save_file({"nothing.like.it": torch.ones(4)}, tmp_path / "maxima.safetensors")
+    error = command(*asked, "--force", status=2)["error"]
+    assert (error["code"], error["key"]) == ("unknown-key", "nothing.like.it")
+
+
+def test_the_line_of_the_runtime() -> None:
+    done = subprocess.run([sys.executable, "-m", "lorafmt.runtime"], capture_output=True, text=True, check=True)
+    assert "torch" in done.stdout

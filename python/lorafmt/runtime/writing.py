@@ -65,13 +65,34 @@ def quantize_checkpoint(
 
     Errors: ``invalid-argument``, ``wrong-checkpoint``, ``missing-tensor``, ``output-exists``, ``unsupported-model``.
     """
+    promises, config = promised(model, rank, maxima, alpha, modulation, progress)
+    write(out, promises, _metadata(config, rank), overwrite)
+    return Path(out)
+
+
+def promised(
+    model: nn.Module | str | os.PathLike[str],
+    rank: int,
+    maxima: Mapping[str, Tensor] | None,
+    alpha: float,
+    modulation: bool,
+    progress: Callable[[int, int], object] | None,
+) -> tuple[dict[str, Promise], dict[str, Any]]:
+    """The tensors of :func:`quantize_checkpoint`, not computed yet, and the model's configuration."""
     if rank < 16 or rank % 16:
         raise failed(UsageError, "invalid-argument", f"a rank of {rank}", "a multiple of 16")
+    if not 0 <= alpha <= 1:
+        raise failed(UsageError, "invalid-argument", f"an alpha of {alpha}", "from 0 to 1")
     weights, config = _source(model)
     jobs = list(_jobs(weights))
     if not jobs:
         message = "no blocks of a FLUX.1 transformer in diffusers' names"
         raise failed(FormatError, "wrong-checkpoint", message, "convert original checkpoints with diffusers first")
+    modules = {module for job in jobs for module in job.modules}
+    for name in maxima or {}:
+        if name not in modules:
+            hint = "maxima stand under the paths of linear layers, such as `transformer_blocks.0.attn.to_q`"
+            raise failed(UsageError, "unknown-key", f"maxima for `{name}`, which is not quantized", hint, key=name)
     maker = Maker(weights, rank, maxima or {}, alpha, progress, len(jobs))
     promises: dict[str, Promise] = {}
     for job in jobs:
@@ -79,10 +100,8 @@ def quantize_checkpoint(
     modulations = set(_modulations(weights)) if modulation else set()
     for name, parts in sorted(modulations):
         promises.update(maker.modulation(name, parts))
-    used = {module for job in jobs for module in job.modules} | {name for name, _ in modulations}
-    promises.update(maker.rest(used))
-    write(out, promises, _metadata(config, rank), overwrite)
-    return Path(out)
+    promises.update(maker.rest(modules | {name for name, _ in modulations}))
+    return promises, config
 
 
 def _source(model: Any) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
