@@ -7,7 +7,9 @@ use lorafmt_core::native::{Layout, Precision};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Quantized models")]
 pub(crate) struct NativeArgs {
-    /// The quantized checkpoint that a native adapter is for, a path or an address
+    /// The quantized checkpoint that a native adapter is for
+    ///
+    /// A path, or an address (hf://, s3://), which is fetched.
     #[arg(long, value_name = "BASE", value_hint = clap::ValueHint::FilePath)]
     pub(crate) base: Option<PathBuf>,
     /// Where each adapter's ranks start in a native file [default: aligned]

@@ -6,7 +6,7 @@ const EXAMPLES: &str = "\
 Examples:
   lorafmt quantize FLUX.1-dev/transformer -o svdq-int4.safetensors
   lorafmt quantize transformer.safetensors -o base.safetensors --rank 64
-  lorafmt quantize FLUX.1-dev/transformer -o base.safetensors --maxima calibration.safetensors";
+  lorafmt quantize transformer.safetensors -o b.safetensors --maxima m.safetensors";
 
 /// Write a 16-bit FLUX.1 transformer as a checkpoint in Nunchaku's int4 layout
 ///
