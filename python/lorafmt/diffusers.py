@@ -35,7 +35,7 @@ def load_lora(
     """Converts an adapter in memory to diffusers' dialect and hands it to ``pipe.load_lora_weights``.
 
     Args:
-        pipe: a pipeline with ``load_lora_weights``; its transformer may be one of :mod:`lorafmt.runtime`.
+        pipe: a pipeline with ``load_lora_weights``; its transformer or UNet may be one of :mod:`lorafmt.runtime`.
         src: a path, bytes, a dict of tensors, or an opened adapter, of any dialect.
         adapter_name: as for ``load_lora_weights``; by default the pipeline makes one.
         strength: sets the adapter active with this weight, beside those that are active already
@@ -55,8 +55,9 @@ def load_lora(
     if hotswap:
         options["hotswap"] = True
     active = _active(pipe) if strength is not None else {}
-    if hasattr(getattr(pipe, "transformer", None), "adapters"):
-        _load_apart(pipe, adapter, adapter_name, options)
+    own = _own(pipe)
+    if own is not None:
+        _load_apart(pipe, own, adapter, adapter_name, options)
     else:
         pipe.load_lora_weights(adapter.to_torch(), adapter_name=adapter_name, **options)
     if strength is not None:
@@ -66,10 +67,16 @@ def load_lora(
     return adapter.report
 
 
-def _load_apart(pipe: Any, adapter: Adapter, name: str | None, options: dict[str, Any]) -> None:
+def _own(pipe: Any) -> Any:
+    """The pipeline's model, if it is one of :mod:`lorafmt.runtime`."""
+    models = (getattr(pipe, name, None) for name in ("transformer", "unet"))
+    return next((model for model in models if hasattr(model, "adapters")), None)
+
+
+def _load_apart(pipe: Any, model: Any, adapter: Adapter, name: str | None, options: dict[str, Any]) -> None:
     """Loads into a model of :mod:`lorafmt.runtime`, whose layers the pipeline's loader does not know, and the rest into
     the pipeline's text encoder."""
-    pipe.transformer.load_lora_adapter(adapter, adapter_name=name, _pipeline=pipe, **options)
+    model.load_lora_adapter(adapter, adapter_name=name, _pipeline=pipe, **options)
     encoder = getattr(pipe, "text_encoder", None)
     prefix = getattr(pipe, "text_encoder_name", "text_encoder")
     rest = [path for path in adapter if path.startswith("text_encoder")]
@@ -90,9 +97,9 @@ def _load_apart(pipe: Any, adapter: Adapter, name: str | None, options: dict[str
 
 def _active(pipe: Any) -> dict[str | None, Any]:
     """Adapters that are active, with their weights."""
-    own = getattr(getattr(pipe, "transformer", None), "adapters", None)
+    own = _own(pipe)
     if own is not None:
-        return {name: loaded.strength for name, loaded in own.loaded.items() if loaded.active}
+        return {name: loaded.strength for name, loaded in own.adapters.loaded.items() if loaded.active}
     return {name: _weight(pipe, name) for name in pipe.get_active_adapters()}
 
 

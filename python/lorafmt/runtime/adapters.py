@@ -83,9 +83,20 @@ class Adapters:
     All methods leave the model as it was when they raise. Errors have a ``code`` and a ``hint``.
     """
 
-    def __init__(self, model: nn.Module, *, family: str | None = None, base: BaseLike | None = None) -> None:
-        """``base`` is the checkpoint that the model was read from: native adapter files are taken off it."""
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        family: str | None = None,
+        base: BaseLike | None = None,
+        component: str = "transformer",
+    ) -> None:
+        """``base`` is the checkpoint that the model was read from: native adapter files are taken off it.
+
+        ``component`` is what pipelines call the model.
+        """
         self._model = model
+        self.component = component
         self._family = family
         self._base = base
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, RankedLinear)}
@@ -154,6 +165,8 @@ class Adapters:
         options["family"] = options.get("family") or self._family
         incoming = read(src, self._dtype(), staging=self._staging, **options)
         factors = self._strengths(incoming.native, incoming.modules, strength)
+        if options.get("lossy") == "allow":
+            self._leave_out(incoming)
         blocks = self._fitted(incoming, share)
         _check_shared([tuple(members) for parts in blocks.values() for _, members in parts], factors)
         starts = self._room(name, blocks, replace)
@@ -196,19 +209,27 @@ class Adapters:
         found = Counter(layer.up.dtype for layer in self.layers.values())
         return found.most_common(1)[0][0] if found else torch.bfloat16
 
+    def _leave_out(self, incoming: Incoming) -> None:
+        """Takes out what the model has without room for adapters, as convolutions; what it lacks stays an error."""
+        for path in {*incoming.factors, *incoming.biases}:
+            if path not in self._places and _has(self._model, path):
+                incoming.factors.pop(path, None)
+                incoming.biases.pop(path, None)
+                incoming.left_out.append(path)
+        incoming.left_out.sort()
+
     def _fitted(self, incoming: Incoming, share: bool) -> dict[str, list[tuple[Block, list[str]]]]:
         """The blocks that each layer gets, with the modules they are for; refuses what has no place here."""
         wanted = [*incoming.factors, *(path for path in incoming.biases if path not in incoming.factors)]
         unknown = [path for path in wanted if path not in self._places]
         if unknown:
-            exist = [path for path in unknown if _has(self._model, path)]
-            why = (
-                "modules that have no room for adapters" if exist == unknown else "modules that the model does not have"
-            )
+            roomless = all(_has(self._model, path) for path in unknown)
+            why = "have no room for adapters" if roomless else "the model does not have"
+            hint = "is it for another model? `lorafmt inspect` says what it is for"
             raise refuse(
                 "module-not-in-model",
-                f"the adapter is for {len(unknown)} {why}: {_first(unknown)}",
-                "is it for another model? `lorafmt inspect` says what it is for",
+                f"the adapter is for {len(unknown)} modules that {why}: {_first(unknown)}",
+                'lossy="allow" leaves them out' if roomless else hint,
             )
         for path, bias in incoming.biases.items():
             self._check_bias(path, bias)

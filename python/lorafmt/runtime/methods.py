@@ -27,14 +27,16 @@ WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _MARK = "_lorafmt_adapted"
 
 
-def adaptable(model: nn.Module, *, family: str | None = None, base: Any = None) -> nn.Module:
+def adaptable(
+    model: nn.Module, *, family: str | None = None, base: Any = None, component: str = "transformer"
+) -> nn.Module:
     """Gives a model the methods of :class:`AdapterMethods`, and ``model.adapters``; returns it.
 
-    Its layers must have room already. ``family`` and ``base`` as for :class:`Adapters`.
+    Its layers must have room already. ``family``, ``base`` and ``component`` as for :class:`Adapters`.
     """
     if not hasattr(type(model), _MARK):
         model.__class__ = _adapted(type(model))
-    model.adapters = Adapters(model, family=family, base=base)
+    model.adapters = Adapters(model, family=family, base=base, component=component)
     return model
 
 
@@ -175,7 +177,7 @@ class AdapterMethods:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)  # type: ignore[list-item]
-        self.adapters.set_adapters(names, [_model_scales(weight) for weight in given])  # type: ignore[arg-type]
+        self.adapters.set_adapters(names, [_model_scales(weight, self.adapters.component) for weight in given])  # type: ignore[arg-type]
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Makes adapters active, each with the strength it has."""
@@ -232,7 +234,7 @@ class AdapterMethods:
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of the adapters that are loaded, under the model's name in pipelines."""
-        return {"transformer": list(self.adapters.loaded)} if self.adapters.loaded else {}
+        return {self.adapters.component: list(self.adapters.loaded)} if self.adapters.loaded else {}
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that are active."""
@@ -292,11 +294,11 @@ def _alphas(alphas: Mapping[str, float] | None) -> dict[str, Tensor]:
     return {key: torch.tensor(float(value)) for key, value in (alphas or {}).items()}
 
 
-def _model_scales(weight: Any) -> Any:
+def _model_scales(weight: Any, component: str) -> Any:
     """A mapping that is nested is for the model's own component."""
     if isinstance(weight, Mapping) and any(isinstance(value, Mapping | list | tuple) for value in weight.values()):
         nested = {key: value for key, value in weight.items() if isinstance(value, Mapping | list | tuple)}
         own = {key: value for key, value in weight.items() if key not in nested}
-        if "transformer" not in nested and "blocks" not in nested:
-            return {**own, "transformer": nested}
+        if component not in nested and "blocks" not in nested:
+            return {**own, component: nested}
     return weight

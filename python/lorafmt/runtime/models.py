@@ -29,16 +29,19 @@ class Fused:
 class Model:
     """What to do with the layers of a class of models."""
 
-    #: The family of its adapters.
-    family: str
+    #: The family of its adapters; None if several have this class, and an adapter's shapes tell.
+    family: str | None
     #: Paths of linears that become int8; all others stay in 16 bits.
     quantized: re.Pattern[str]
     fused: tuple[Fused, ...] = ()
     #: What a parent is told when its layers were fused.
     fused_flag: str = "fused_projections"
+    #: What pipelines call the model.
+    component: str = "transformer"
 
 
-#: Class name -> what to do. FluxAttention computes from `to_qkv` and `to_added_qkv` where `fused_projections` is set.
+#: Class name -> what to do. FluxAttention computes from `to_qkv` and `to_added_qkv` where `fused_projections` is set;
+#: the attentions of the others do not.
 MODELS = {
     "FluxTransformer2DModel": Model(
         "flux1",
@@ -50,7 +53,22 @@ MODELS = {
             Fused("to_qkv", ("to_q", "to_k", "to_v")),
             Fused("to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
         ),
-    )
+    ),
+    "QwenImageTransformer2DModel": Model(
+        "qwen-image",
+        re.compile(
+            r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|(img|txt)_mlp\.net\.(0\.proj|2))"
+        ),
+    ),
+    # Stable Diffusion 1.5, 2.1 and XL, and the refiner. Convolutions stay as they are, without room for adapters.
+    "UNet2DConditionModel": Model(
+        None,
+        re.compile(
+            r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.\d+\."
+            r"(proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))"
+        ),
+        component="unet",
+    ),
 }
 
 
@@ -97,7 +115,7 @@ def quantize_(
             _replace(model, name, lambda linear: FusedLinear.from_linear(linear, rank, ranks))
     if entry is not None:
         add_room(model, ranks - rank)
-        adaptable(model, family=entry.family)
+        adaptable(model, family=entry.family, component=entry.component)
     return wanted
 
 
