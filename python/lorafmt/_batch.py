@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -86,7 +88,10 @@ def records(manifest: Path_) -> list[dict[str, Any]]:
 
 
 def to_parquet(manifest: Path_, path: Path_) -> None:
-    """Writes the records of a manifest as a Parquet table; warnings and errors are JSON text. Takes pyarrow."""
+    """Writes the records of a manifest as a Parquet table, whole or not at all. Takes pyarrow.
+
+    Warnings and errors are JSON text.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -105,7 +110,32 @@ def to_parquet(manifest: Path_, path: Path_) -> None:
         row["warnings"] = json.dumps(row.get("warnings", []))
         row["error"] = None if row.get("error") is None else json.dumps(row["error"])
     table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(columns))
-    parquet.write_table(table, os.fspath(path))
+    # Beside the target, so that it only has to be renamed.
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(os.fspath(path)) or ".", prefix=".lorafmt-") as folder:
+        whole = os.path.join(folder, "table")
+        parquet.write_table(table, whole)
+        os.replace(whole, path)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """What ``lorafmt batch --parquet`` runs. Without arguments it says whether a table can be written at all, with the
+    name of one whether that is a table of records, and with those of a manifest and of a table it writes this."""
+    from pyarrow import parquet
+
+    if len(arguments) == 1:
+        try:
+            names = set(parquet.read_schema(arguments[0]).names)
+        except (OSError, ValueError):
+            return 3
+        return 0 if {"outcome", "source", "step", "output"} <= names else 3
+    if arguments:
+        manifest, table = arguments
+        try:
+            to_parquet(manifest, table)
+        except OSError as error:
+            print(error, file=sys.stderr)
+            return 4
+    return 0
 
 
 def batch(

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ._errors import missing_package, raised
-from .exceptions import FileError, LorafmtError
+from .exceptions import FileError, LorafmtError, OutputExistsError
 
 
 def main(text: str) -> int:
@@ -51,6 +51,9 @@ def _run(options: dict[str, Any]) -> dict[str, Any]:
     model, rank, alpha, modulation = (options[name] for name in ("model", "rank", "alpha", "modulation"))
     promises, _ = writing.promised(model, rank, maxima, alpha, modulation, None)
     layers = sum(name.endswith(".qweight") for name in promises)
+    if os.path.exists(options["out"]) and not options["overwrite"]:
+        out = options["out"]
+        raise raised(OutputExistsError, "output-exists", f"{out} exists", "name another output, or add `--force`", out)
     if options["dry_run"]:
         size = sum(dtype.itemsize * math.prod(shape) for dtype, shape, _ in promises.values())
     else:

@@ -57,7 +57,7 @@ def load_lora(
     active = _active(pipe) if strength is not None else {}
     own = _own(pipe)
     if own is not None:
-        _load_apart(pipe, own, adapter, adapter_name, options)
+        _load_apart(pipe, own, adapter, adapter_name, lossy, options)
     else:
         pipe.load_lora_weights(adapter.to_torch(), adapter_name=adapter_name, **options)
     if strength is not None:
@@ -73,14 +73,21 @@ def _own(pipe: Any) -> Any:
     return next((model for model in models if hasattr(model, "adapters")), None)
 
 
-def _load_apart(pipe: Any, model: Any, adapter: Adapter, name: str | None, options: dict[str, Any]) -> None:
+def _load_apart(
+    pipe: Any, model: Any, adapter: Adapter, name: str | None, lossy: Lossy, options: dict[str, Any]
+) -> None:
     """Loads into a model of :mod:`lorafmt.runtime`, whose layers the pipeline's loader does not know, and the rest into
-    the pipeline's text encoder."""
-    model.load_lora_adapter(adapter, adapter_name=name, _pipeline=pipe, **options)
-    encoder = getattr(pipe, "text_encoder", None)
-    prefix = getattr(pipe, "text_encoder_name", "text_encoder")
+    the pipeline's text encoders."""
+    loaded = model.load_lora_adapter(adapter, adapter_name=name, lossy=lossy, _pipeline=pipe, **options)
+    if loaded.left_out:
+        warnings.warn(f"{len(loaded.left_out)} modules were left out, {loaded.left_out[0]} the first", stacklevel=3)
     rest = [path for path in adapter if path.startswith("text_encoder")]
-    if encoder is not None and any(path.startswith(f"{prefix}.") for path in rest):
+    for prefix in ("text_encoder", "text_encoder_2"):
+        encoder = getattr(pipe, prefix, None)
+        own = [path for path in rest if path.startswith(f"{prefix}.")]
+        if not own or encoder is None or prefix not in getattr(pipe, "_lora_loadable_modules", ()):
+            continue
+        rest = [path for path in rest if path not in own]
         pipe.load_lora_into_text_encoder(
             adapter.to_torch(),
             network_alphas=None,
@@ -91,7 +98,7 @@ def _load_apart(pipe: Any, model: Any, adapter: Adapter, name: str | None, optio
             _pipeline=pipe,
             **options,
         )
-    elif rest:
+    if rest:
         warnings.warn(f"{len(rest)} modules are for text encoders and were left out: {rest[0]}", stacklevel=3)
 
 

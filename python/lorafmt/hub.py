@@ -88,7 +88,7 @@ def place(revision: str | None, path: str, options: dict[str, Any]) -> tuple[str
 
 def address(repo: str, revision: str | None, path: str = "") -> str:
     """The address of a repository, or of a path in it."""
-    at = f"hf://{repo}" + (f"@{revision.replace('/', '%2F')}" if revision else "")
+    at = f"hf://{repo}" + (f"@{revision.replace('%', '%25').replace('/', '%2F')}" if revision else "")
     return f"{at}/{path}" if path else at
 
 

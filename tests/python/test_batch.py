@@ -235,6 +235,36 @@ def test_a_manifest_as_a_table(library: Path, tmp_path: Path) -> None:
     assert table.num_rows == 3 and set(table["family"].to_pylist()) == {"flux1"}
 
 
+def test_a_table_from_the_command_line(library: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out, table = tmp_path / "out", tmp_path / "records.parquet"
+    line = [
+        sys.executable,
+        "-m",
+        "lorafmt",
+        "batch",
+        library,
+        "--to",
+        "diffusers",
+        "--out-dir",
+        out,
+        "--parquet",
+        table,
+    ]
+    assert subprocess.run(line, check=False).returncode == 0
+    assert parquet.read_table(table).num_rows == 3
+    adapter(library / "d.safetensors", 9)
+    assert subprocess.run(line, check=False).returncode == 0, "an older table is replaced"
+    assert sorted(parquet.read_table(table)["outcome"].to_pylist()) == ["done"] * 4
+    table.write_text("somebody's notes")
+    refused = subprocess.run([*line, "--json"], check=False, capture_output=True, text=True)
+    assert refused.returncode == 2 and json.loads(refused.stdout)["error"]["code"] == "output-exists"
+    assert table.read_text() == "somebody's notes"
+    env = {**os.environ, "LORAFMT_PYTHON": "/nowhere/python"}
+    lost = subprocess.run([*line, "--force"], check=False, capture_output=True, text=True, env=env)
+    assert lost.returncode == 2 and "LORAFMT_PYTHON" in lost.stderr
+
+
 # ------------------------------------------------------------------------------------------ killed
 
 
@@ -396,3 +426,12 @@ def test_recipes_are_followed_to_their_adapters(library: Path, tmp_path: Path) -
     report = lorafmt.batch(tmp_path / "recipes", out, op="compose", to="diffusers")
     assert (report.done, report.unchanged) == (1, 1)
     assert one.read_bytes() != before
+    # A folder of PEFT's is its files: one that is written over is another ingredient.
+    peft(tmp_path / "recipes/peft/lora", 2)
+    (tmp_path / "recipes/peft/r.yaml").write_text("loras:\n  - {path: lora, strength: 1}\n")
+    assert lorafmt.batch(tmp_path / "recipes", out, op="compose", to="diffusers").done == 1
+    config = tmp_path / "recipes/peft/lora/adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 2', '"lora_alpha": 4'))
+    report = lorafmt.batch(tmp_path / "recipes", out, op="compose", to="diffusers")
+    assert (report.done, report.unchanged) == (1, 2)
+    assert scale(out / "peft/r.diffusers.safetensors") == pytest.approx(2.0, rel=1e-5)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import lorafmt
 from bases import BaseSpec, make_base
 from generate import KOHYA
 from localhub import Fault, LocalHub, Repo
@@ -288,6 +289,24 @@ print(json.dumps(lorafmt.Base.open({far!r}).path))
 """
     assert place.python(code) == far
     assert (place.folder / "again.safetensors").read_bytes() == near
+
+
+def test_recipes_in_folders_name_addresses(place: Place, content: bytes) -> None:
+    """An address is one wherever the recipe lies, in `compose` and in a batch."""
+    (place.folder / "near.safetensors").write_bytes(content)
+    recipes = place.folder / "recipes"
+    recipes.mkdir()
+    for name, path in (("far", ADDRESS), ("near", "../near.safetensors")):
+        (recipes / f"{name}.yaml").write_text(f"loras:\n  - {{path: '{path}', strength: 0.5}}\n")
+    place.run("batch", "recipes", "--op", "compose", "--to", "kohya", "--out-dir", "out")
+    far, near = ((place.folder / f"out/{name}.kohya.safetensors").read_bytes() for name in ("far", "near"))
+    assert far == near
+    place.run("compose", "--recipe", "recipes/far.yaml", "--to", "kohya", "-o", "one.safetensors")
+    with (
+        lorafmt.open(place.folder / "one.safetensors") as one,
+        lorafmt.open(place.folder / "near.safetensors") as whole,
+    ):
+        assert set(one) == set(whole)
 
 
 def test_measuring_reads_all(hub: LocalHub, place: Place, content: bytes) -> None:

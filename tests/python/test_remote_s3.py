@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from loras import MODULES, lora
 from remotes import Place
@@ -152,3 +155,44 @@ print(json.dumps([a.family, len(values), lorafmt.diff(a, "local.safetensors").eq
 """
     family, tensors, equal = place.python(script)
     assert (family, equal) == ("flux1", True) and tensors > 0
+
+
+def peft(client: Any, folder: Path, at: str, alpha: float, weights: str) -> None:
+    """A PEFT adapter of one layer under a prefix; the scale is in its configuration alone."""
+    name = "base_model.model.transformer_blocks.0.attn.to_q"
+    draw = numpy.random.default_rng(0)
+    tensors = {f"{name}.lora_A.weight": draw.random((2, 3072)), f"{name}.lora_B.weight": draw.random((3072, 2))}
+    save_file({key: value.astype(numpy.float32) for key, value in tensors.items()}, folder / "w.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "target_modules": ["to_q"]}
+    client.put_object(Bucket="peft", Key=f"{at}/{weights}", Body=(folder / "w.safetensors").read_bytes())
+    client.put_object(Bucket="peft", Key=f"{at}/adapter_config.json", Body=json.dumps(config).encode())
+
+
+@pytest.mark.parametrize("how", ["behind the configuration", "before the configuration", "one by one"])
+def test_configurations_beside_objects_decide(place: Place, client: Any, how: str) -> None:
+    names = {"one": "001.safetensors", "two": "002.safetensors", "three": "003.safetensors"}
+    if how == "behind the configuration":
+        names = dict.fromkeys(names, "adapter_model.safetensors")
+    client.create_bucket(Bucket="peft")
+    for at, alpha in (("one", 2.0), ("two", 6.0), ("three", 2.0)):
+        peft(client, place.folder, at, alpha, names[at])
+    if how == "one by one":
+        lines = [f"s3://peft/{at}/{name}" for at, name in names.items()]
+        (place.folder / "list.txt").write_text("\n".join(lines))
+        sources = ["--files-from", "list.txt"]
+    else:
+        sources = ["s3://peft/"]
+    line = ["batch", *sources, "--to", "diffusers", "--family", "flux1", "--out-dir", "out", "--workers", "1"]
+    place.run(*line)
+    records = [json.loads(text) for text in (place.folder / "out/manifest.jsonl").read_text().splitlines()]
+    outcomes = {record["source"].split("/")[3]: record["outcome"] for record in records}
+    assert outcomes["two"] == "done" and sorted(outcomes.values()) == ["done", "done", "linked"]
+    # Another configuration beside the same weights is noticed.
+    peft(client, place.folder, "one", 4.0, names["one"])
+    again = json.loads(place.run(*line, "--json").splitlines()[-1])
+    assert again["unchanged"] >= 1 and again["done"] + again["linked"] >= 1, again
+    again = json.loads(place.run(*line, "--json").splitlines()[-1])
+    assert again["unchanged"] == 3, again
+    for item in client.list_objects_v2(Bucket="peft")["Contents"]:
+        client.delete_object(Bucket="peft", Key=item["Key"])
+    client.delete_bucket(Bucket="peft")

@@ -126,7 +126,10 @@ def test_the_command_smooths_by_maxima(tmp_path: Path) -> None:
     assert all(torch.equal(value, load_file(direct)[key]) for key, value in load_file(out).items())
     save_file({"nothing.like.it": torch.ones(4)}, tmp_path / "maxima.safetensors")
     error = command(*asked, "--force", status=2)["error"]
-    assert (error["code"], error["key"]) == ("unknown-key", "nothing.like.it")
+    assert (error["code"], error["key"]) == ("invalid-argument", "nothing.like.it")
+    save_file({name: torch.ones(4)}, tmp_path / "maxima.safetensors")
+    error = command(*asked, "--dry-run", status=2)["error"]
+    assert (error["code"], error["key"]) == ("invalid-argument", name)
 
 
 def test_the_line_of_the_runtime() -> None:

@@ -223,7 +223,8 @@ class Adapters:
         wanted = [*incoming.factors, *(path for path in incoming.biases if path not in incoming.factors)]
         unknown = [path for path in wanted if path not in self._places]
         if unknown:
-            roomless = all(_has(self._model, path) for path in unknown)
+            missing = [path for path in unknown if not _has(self._model, path)]
+            roomless, unknown = not missing, missing or unknown
             why = "have no room for adapters" if roomless else "the model does not have"
             hint = "is it for another model? `lorafmt inspect` says what it is for"
             raise refuse(

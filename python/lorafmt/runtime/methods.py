@@ -273,7 +273,7 @@ class AdapterMethods:
     def _warned(self, loaded: Loaded) -> Loaded:
         for what, names in (
             ("for other models", loaded.others),
-            ("of kinds that a branch cannot hold", loaded.left_out),
+            ("of kinds that a branch cannot hold, or without room here,", loaded.left_out),
         ):
             if names:
                 text = f"{len(names)} modules of the adapter are {what} and were left out: {', '.join(names[:4])}"

@@ -89,10 +89,7 @@ def promised(
         message = "no blocks of a FLUX.1 transformer in diffusers' names"
         raise failed(FormatError, "wrong-checkpoint", message, "convert original checkpoints with diffusers first")
     modules = {module for job in jobs for module in job.modules}
-    for name in maxima or {}:
-        if name not in modules:
-            hint = "maxima stand under the paths of linear layers, such as `transformer_blocks.0.attn.to_q`"
-            raise failed(UsageError, "unknown-key", f"maxima for `{name}`, which is not quantized", hint, key=name)
+    _check_maxima(weights, maxima or {})
     maker = Maker(weights, rank, maxima or {}, alpha, progress, len(jobs))
     promises: dict[str, Promise] = {}
     for job in jobs:
@@ -102,6 +99,19 @@ def promised(
         promises.update(maker.modulation(name, parts))
     promises.update(maker.rest(modules | {name for name, _ in modulations}))
     return promises, config
+
+
+def _check_maxima(weights: Mapping[str, Tensor], maxima: Mapping[str, Tensor]) -> None:
+    """Those of layers that are not smoothed are allowed: whoever measures, measures all."""
+    for name, values in maxima.items():
+        weight = f"{name}.weight"
+        if weight not in weights:
+            hint = "maxima stand under the paths of layers, such as `transformer_blocks.0.attn.to_q`"
+            raise failed(UsageError, "invalid-argument", f"maxima for `{name}`, which is no layer", hint, key=name)
+        inputs = weights[weight].shape[-1]
+        if weights[weight].dim() == 2 and values.numel() != inputs:
+            message = f"{values.numel()} maxima for `{name}`, which has {inputs} inputs"
+            raise failed(UsageError, "invalid-argument", message, "one for each input", key=name)
 
 
 def _source(model: Any) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
@@ -242,10 +252,6 @@ class Maker:
         given = self._maxima.get(job.modules[0])
         if given is None:
             return torch.ones(weight.shape[1])
-        width = self._weights[f"{job.modules[0]}.weight"].shape[1]
-        if given.numel() != width:
-            message = f"{given.numel()} maxima for `{job.modules[0]}`, which has {width} inputs"
-            raise failed(UsageError, "invalid-argument", message, "one for each input")
         inputs = nn.functional.pad(given.float().flatten()[job.columns], (0, weight.shape[1]), value=1.0)[
             : weight.shape[1]
         ]

@@ -70,6 +70,11 @@ pub(crate) struct RunArgs {
     /// The file of records [default: DST/manifest.jsonl]
     #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath)]
     pub(crate) manifest: Option<PathBuf>,
+    /// Also write all records as a Parquet table
+    ///
+    /// Takes Python with lorafmt and pyarrow (`pip install "lorafmt[parquet]"`).
+    #[arg(long, value_name = "FILE", value_hint = clap::ValueHint::FilePath, hide_short_help = true)]
+    pub(crate) parquet: Option<PathBuf>,
     /// Tell by hashes whether something has changed, not by size and time
     #[arg(long)]
     pub(crate) verify_hash: bool,
@@ -89,7 +94,7 @@ pub(crate) struct RunArgs {
     pub(crate) workers: Option<std::num::NonZeroUsize>,
     /// Where the work is done: local, ray, ray:ADDRESS
     ///
-    /// `ray` takes Python with lorafmt and Ray (`pip install \"lorafmt[ray]\"`) on this machine and on those of the cluster.
+    /// `ray` takes Python with lorafmt and Ray (`pip install "lorafmt[ray]"`) on this machine and on those of the cluster.
     #[arg(long, default_value = "local", value_name = "ENGINE")]
     pub(crate) engine: String,
 }

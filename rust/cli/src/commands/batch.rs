@@ -9,21 +9,29 @@ use lorafmt_core::{Code, Error, Result};
 use lorafmt_remote::is_remote;
 
 use super::writing::{native_options, open_base, options};
-use super::{Context, ray};
+use super::{Context, parquet, ray};
 use crate::ExitStatus;
 use crate::args::{BatchArgs, DuplicatesArg, OpArg};
 use crate::output::Watch;
 use crate::sources::remote;
 
 pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus> {
-    match args.run.engine.as_str() {
-        "local" => {}
-        engine if engine == "ray" || engine.starts_with("ray:") => return ray::run(args, context),
+    let table = args.run.parquet.as_deref().filter(|_| !args.writing.dry_run);
+    table.map(|table| parquet::ready(table, args.writing.force)).transpose()?;
+    let status = match args.run.engine.as_str() {
+        "local" => here(args, context)?,
+        engine if engine == "ray" || engine.starts_with("ray:") => ray::run(args, context)?,
         other => {
             return Err(Error::new(Code::InvalidArgument, format!("no engine is called `{other}`"))
                 .hint("one of: local, ray, ray:ADDRESS"));
         }
-    }
+    };
+    table.map(|table| parquet::write(&manifest(args)?, table)).transpose()?;
+    Ok(status)
+}
+
+/// On this machine.
+fn here(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus> {
     let registry = context.registry()?;
     let (step, ending) = step(args, context, &registry)?;
     let naming = Naming::new(args.name.as_deref(), &ending)?;

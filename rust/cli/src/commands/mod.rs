@@ -12,6 +12,7 @@ mod formats;
 mod fuse;
 mod inspect;
 mod normalize;
+mod parquet;
 mod python;
 mod quantize;
 mod ray;

@@ -1,6 +1,8 @@
 //! Weights are quantized by the runtime, which is Python's: this starts it.
 
-use lorafmt_core::Result;
+use std::path::Path;
+
+use lorafmt_core::{Code, Error, Result};
 use serde_json::json;
 
 use super::{Context, python};
@@ -11,10 +13,10 @@ const PROGRAM: &str = "import sys; from lorafmt._quantize import main; sys.exit(
 
 pub(super) fn run(args: &QuantizeArgs, context: &Context) -> Result<ExitStatus> {
     let options = json!({
-        "model": args.model,
-        "out": args.output,
+        "model": text(&args.model)?,
+        "out": text(&args.output)?,
         "rank": args.rank,
-        "maxima": args.maxima,
+        "maxima": args.maxima.as_deref().map(text).transpose()?,
         "alpha": args.alpha,
         "modulation": !args.no_modulation,
         "dry_run": args.dry_run,
@@ -30,4 +32,9 @@ pub(super) fn run(args: &QuantizeArgs, context: &Context) -> Result<ExitStatus> 
         Some(130) => ExitStatus::Interrupted,
         _ => ExitStatus::Failure,
     })
+}
+
+/// A path that goes into JSON.
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| Error::new(Code::InvalidArgument, "the name is not UTF-8").at(path))
 }

@@ -16,6 +16,10 @@ pub(super) fn run(args: &BatchArgs, context: &mut Context) -> Result<ExitStatus>
     if args.writing.dry_run || !args.plan.is_empty() || !context.global.table.is_empty() {
         return Err(Error::new(Code::InvalidArgument, "`--engine ray` takes no `--dry-run`, `--plan` and `--table`"));
     }
+    let paths = args.files_from.iter().chain(&args.like).chain(&args.run.manifest).chain(&args.native.base);
+    if let Some(path) = paths.into_iter().find(|path| path.to_str().is_none()) {
+        return Err(Error::new(Code::InvalidArgument, "the name is not UTF-8").at(path));
+    }
     let address = args.run.engine.strip_prefix("ray:");
     let texts = [options(args), json!(args.native.base), json!(address)].map(|value| value.to_string());
     let mut command = python::interpreter(PROGRAM);

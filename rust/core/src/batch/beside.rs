@@ -6,6 +6,7 @@ use std::time::UNIX_EPOCH;
 use xxhash_rust::xxh3::Xxh3;
 
 use super::hash::spelled;
+use super::is_address;
 use super::listing::Wanted;
 use crate::recipe;
 
@@ -31,7 +32,10 @@ fn ingredients(source: &Path) -> Option<String> {
     let recipe = recipe::read(source).ok()?;
     let mut state = Xxh3::new();
     for lora in &recipe.loras {
-        let path = std::path::absolute(&lora.path).unwrap_or_else(|_| lora.path.clone());
+        let address = lora.path.to_str().is_some_and(is_address);
+        let path = if address { None } else { std::path::absolute(&lora.path).ok() };
+        let path = path.unwrap_or_else(|| lora.path.clone());
+        let path = if path.is_dir() { path.join("adapter_model.safetensors") } else { path };
         state.update(path.as_os_str().as_encoded_bytes());
         let meta = std::fs::metadata(&path).ok();
         state.update(meta.map_or_else(String::new, |meta| format!("{} {}", meta.len(), version(&meta))).as_bytes());

@@ -5,6 +5,7 @@ use std::collections::hash_map::Entry as Taken;
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use globset::{GlobBuilder, GlobMatcher};
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -89,6 +90,8 @@ pub struct Listing {
     pub others: u64,
     /// Sizes that several files have: only those can be of the same content.
     pub(super) shared_sizes: FxHashSet<u64>,
+    /// Of stores: hash of a folder's address -> version of the configuration in it.
+    configs: Arc<FxHashMap<u128, String>>,
 }
 
 impl Listing {
@@ -96,7 +99,8 @@ impl Listing {
     pub fn of(sources: &Sources, naming: &Naming, out: &str, store: Option<&dyn Store>) -> Result<Self> {
         let file = tempfile::tempfile().map_err(|e| Error::io(&std::env::temp_dir(), "list the sources", e))?;
         let writer = BufWriter::new(file.try_clone().map_err(|e| Error::io(Path::new("."), "list the sources", e))?);
-        let listing = Self { file, files: 0, bytes: 0, others: 0, shared_sizes: FxHashSet::default() };
+        let shared_sizes = FxHashSet::default();
+        let listing = Self { file, files: 0, bytes: 0, others: 0, shared_sizes, configs: Arc::default() };
         let outputs = FxHashMap::default();
         let mut lister = Lister {
             listing,
@@ -106,6 +110,7 @@ impl Listing {
             store,
             outputs,
             sizes: FxHashMap::default(),
+            configs: FxHashMap::default(),
             wanted: sources.wanted,
         };
         for named in &sources.named {
@@ -131,9 +136,15 @@ impl Listing {
         let fail = |e| Error::io(&std::env::temp_dir(), "read the list of sources", e);
         let mut file = self.file.try_clone().map_err(fail)?;
         file.seek(SeekFrom::Start(0)).map_err(fail)?;
+        let configs = Arc::clone(&self.configs);
         Ok(BufReader::new(file).lines().map(move |line| {
             let line = line.map_err(fail)?;
-            serde_json::from_str(&line).map_err(|e| fail(e.into()))
+            let mut entry: Entry = serde_json::from_str(&line).map_err(|e| fail(e.into()))?;
+            // Stores name files in an order of their own: a configuration may come after its weights.
+            if entry.beside.is_none() && is_address(&entry.source) {
+                entry.beside = configs.get(&folder_hash(&entry.source)).cloned();
+            }
+            Ok(entry)
         }))
     }
 }
@@ -152,6 +163,8 @@ struct Lister<'a> {
     outputs: FxHashMap<u128, u64>,
     /// Size -> whether several files have it.
     sizes: FxHashMap<u64, bool>,
+    /// See [`Listing`].
+    configs: FxHashMap<u128, String>,
 }
 
 impl Lister<'_> {
@@ -269,13 +282,12 @@ impl Lister<'_> {
     fn address(&mut self, address: &str) -> Result<()> {
         let store = store_for(self.store, address)?;
         let mut found = 0u64;
-        // Stores list names in their order, so a folder's configuration comes before the weights that it is for.
-        let mut config = (String::new(), String::new());
         store.list(address, &mut |object: Object| {
-            if let Some(folder) = object.url.strip_suffix(CONFIG) {
-                config = (folder.to_owned(), object.version.clone());
+            let config = object.url.rsplit('/').next() == Some(CONFIG);
+            if config {
+                self.configs.insert(folder_hash(&object.url), object.version.clone());
             }
-            if !self.wanted.takes(&object.url) || object.url.ends_with(CONFIG) {
+            if config || !self.wanted.takes(&object.url) {
                 self.listing.others += 1;
                 return Ok(());
             }
@@ -283,9 +295,7 @@ impl Lister<'_> {
             let below = object.url.strip_prefix(address).unwrap_or("").trim_start_matches('/');
             let dir = below.rsplit_once('/').map_or("", |(dir, _)| dir).to_owned();
             let named = object.url == address;
-            let own = object.url.rsplit_once('/').is_some_and(|(folder, _)| config.0.strip_suffix('/') == Some(folder));
-            let beside = own.then(|| config.1.clone());
-            self.add(&object.url, &dir, (object.size, object.version, beside), named)
+            self.add(&object.url, &dir, (object.size, object.version, None), named)
         })?;
         match found {
             0 => Err(Error::new(Code::NotFound, "nothing is there that could be read").at(Path::new(address))),
@@ -346,7 +356,8 @@ impl Lister<'_> {
 
     fn finish(mut self) -> Result<Listing> {
         self.writer.flush().map_err(|e| Error::io(&std::env::temp_dir(), "list the sources", e))?;
-        let Self { mut listing, sizes, .. } = self;
+        let Self { mut listing, sizes, configs, .. } = self;
+        listing.configs = Arc::new(configs);
         listing.shared_sizes = sizes.into_iter().filter(|(_, several)| *several).map(|(size, _)| size).collect();
         Ok(listing)
     }
@@ -366,6 +377,16 @@ fn relative(path: &Path) -> String {
         _ => None,
     };
     path.components().filter_map(normal).collect::<Vec<_>>().join("/")
+}
+
+/// A hash of the folder that an address is in.
+fn folder_hash(address: &str) -> u128 {
+    xxh3_128(address.rsplit_once('/').map_or("", |(folder, _)| folder).as_bytes())
+}
+
+/// The address of the configuration that would be beside a file.
+pub(super) fn config_beside(address: &str) -> Option<String> {
+    address.rsplit_once('/').map(|(folder, _)| format!("{folder}/{CONFIG}"))
 }
 
 /// The last part of a path or an address, without its ending.

@@ -1,5 +1,6 @@
 //! The threads that work through a list.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -10,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_128;
 
 use super::duplicates::{Claim, Contents, Original, same};
 use super::hash::{hash_file, hash_places, spelled};
-use super::listing::{Entry, Listing};
+use super::listing::{Entry, Listing, config_beside};
 use super::manifest::{Journal, Line, Manifest, Outcome, Record, Wanted};
 use super::step::{Made, Step};
 use super::{BatchOptions, Duplicates, Observer, Stop, Summary, is_address, store_for};
@@ -179,6 +180,7 @@ impl Runner<'_> {
     /// One file. A panic is a bug, and still no reason to lose the files behind it.
     fn guarded(&self, entry: &Entry, control: &Control) -> End {
         let started = Instant::now();
+        let entry = &self.completed(entry);
         let mut record = self.blank(entry);
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.one(entry, control, &mut record)));
         let error = match caught {
@@ -204,6 +206,18 @@ impl Runner<'_> {
         record.error = error;
         record.seconds = started.elapsed().as_secs_f64();
         End::Recorded(Box::new(record))
+    }
+
+    /// Of a single file of a store nobody has yet looked at the folder: whether there is a configuration in it.
+    fn completed<'e>(&self, entry: &'e Entry) -> Cow<'e, Entry> {
+        let alone = entry.named && entry.beside.is_none() && is_address(&entry.source);
+        let config = config_beside(&entry.source).filter(|_| alone);
+        // If the store cannot say so now, opening the file says why.
+        let found = config.and_then(|url| store_for(self.store, &url).ok()?.stat(&url).ok().flatten());
+        match found {
+            Some(object) => Cow::Owned(Entry { beside: Some(object.version), ..entry.clone() }),
+            None => Cow::Borrowed(entry),
+        }
     }
 
     fn blank(&self, entry: &Entry) -> Record {

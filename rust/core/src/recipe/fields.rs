@@ -172,6 +172,8 @@ impl Reader<'_> {
     fn resolve(&self, node: &Node, path: PathBuf, what: &str) -> Found<PathBuf> {
         match self.folder {
             _ if path.as_os_str().is_empty() => Err(Fault::new(node.at, format!("{what} is empty"))),
+            // An address is one wherever the recipe lies.
+            _ if path.to_str().is_some_and(|text| text.contains("://")) => Ok(path),
             Some(folder) => Ok(folder.join(path)),
             None => Ok(path),
         }
