@@ -101,8 +101,10 @@ impl Remote {
                 }
             };
             tokio::select! {
-                result = work => result,
+                // Looked at first: what was to stop before it began does not begin.
+                biased;
                 error = stopped => Err(error),
+                result = work => result,
             }
         })
     }

@@ -133,6 +133,19 @@ fn options_reach_the_engine() {
     assert_eq!((threads("1"), threads("0"), threads("many")), (0, 2, 2));
 }
 
+/// Names that two families share do not make one the other: shapes tell, and the message says which fits.
+#[test]
+fn a_family_with_other_shapes_is_not_taken_for_the_named_one() {
+    let place = Place::new();
+    place.ok(&["sample", "--family", "sdxl", "--dialect", "kohya", "--rank", "1", "-o", "x.safetensors"]);
+    for (family, fits) in [("sd15", "sdxl"), ("sd21", "sdxl"), ("flux1", "sdxl")] {
+        let ran = place.run(&["convert", "x.safetensors", "--to", "diffusers", "--family", family, "--json"]);
+        assert_eq!((ran.code, ran.error_code().as_str()), (2, "unknown-family"), "{family}");
+        let message = ran.json()["error"]["message"].to_string();
+        assert!(message.contains(family) && message.contains(&format!("{fits} explains")), "{message}");
+    }
+}
+
 #[test]
 fn xlabs_cannot_hold_a_modulation() {
     let place = Place::with_x();

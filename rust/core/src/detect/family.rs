@@ -175,7 +175,16 @@ pub(super) fn choose<'s>(registry: &Registry, source: &'s Source, given: &Given)
         let own = found.first().map_or(0, |e| e.score);
         other().iter().any(|e| e.score > own && e.meets_model())
     };
-    let refused = if asked { !found.iter().any(Explained::meets_model) && mistaken() } else { !proven };
+    // So was one that has the names and other shapes, while another one has both.
+    let misfits = |e: &Explained<'_>| {
+        let fit =
+            |(info, (read, hit)): (&TensorInfo, &(Read<'_>, Hit))| fits(registry, hit, read.suffix.slot, &info.shape);
+        let known =
+            source.tensors().iter().zip(&e.meanings).filter_map(|(info, meaning)| Some((info, meaning.as_ref()?)));
+        !known.into_iter().all(fit)
+    };
+    let doubtful = || found.iter().all(|e| !e.meets_model() || misfits(e));
+    let refused = if asked { doubtful() && mistaken() } else { !proven };
     if found.is_empty() || refused {
         return Err(no_family(registry, source, given, &found, &other()));
     }

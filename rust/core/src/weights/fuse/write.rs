@@ -102,14 +102,14 @@ impl Rewrite<'_> {
         };
         self.copy(file, path, &place)?;
         self.patch(file, path, &place)?;
-        let touched = self.touched();
-        let measures: Result<Vec<_>> = match self.undo {
-            // What is recorded stands in the order of the tensors.
-            Some(_) => touched.into_iter().map(one).collect(),
-            // While the last tiles of one tensor are computed, the factors of the next are read.
-            None => touched.into_par_iter().with_max_len(1).map(one).collect(),
-        };
-        let measures = measures?;
+        // What is recorded stands in the order of the tensors. Else two at a time: while the last tiles of one are
+        // computed, the factors of the other are read; more of them would only hold more memory.
+        let at_a_time = if self.undo.is_some() { 1 } else { 2 };
+        let mut measures = Vec::new();
+        for some in self.touched().chunks(at_a_time) {
+            let done: Result<Vec<_>> = some.par_iter().with_max_len(1).map(|touched| one(touched)).collect();
+            measures.extend(done?);
+        }
         Ok(Rewritten { measures, bytes })
     }
 
