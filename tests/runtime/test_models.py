@@ -5,8 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import subprocess
+import sys
+import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +22,7 @@ from torch import Tensor, nn
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 import lorafmt
+import lorafmt.diffusers
 from lorafmt import LorafmtError, runtime
 from lorafmt.runtime import BranchLinear, FusedLinear
 
@@ -227,3 +233,36 @@ def test_convolutions_have_no_room() -> None:
         model.load_lora_adapter({**adapter("sdxl", 5), **conv}, adapter_name="c", lossy="allow")
     assert not torch.equal(run("sdxl", model), before)
     model.delete_adapters("c")
+
+
+class Pipe:
+    """What `load_lora` needs of a pipeline with two text encoders, and what was asked of it."""
+
+    _lora_loadable_modules = ("unet", "text_encoder", "text_encoder_2")
+    lora_scale = 1.0
+
+    def __init__(self) -> None:
+        self.text_encoder = self.text_encoder_2 = self.unet = self
+        self.adapters = object()
+        self.calls: list[tuple[str, int]] = []
+
+    def load_lora_adapter(self, adapter: lorafmt.Adapter, **options: Any) -> Any:
+        self.calls.append((options["lossy"], sum(not path.startswith("text_encoder") for path in adapter)))
+        return types.SimpleNamespace(left_out=["down_blocks.1.resnets.0.conv1"] if options["lossy"] == "allow" else [])
+
+    def load_lora_into_text_encoder(self, tensors: dict[str, Tensor], *, prefix: str, **_: Any) -> None:
+        self.calls.append((prefix, sum(key.startswith(f"{prefix}.") for key in tensors)))
+
+
+def test_both_text_encoders_of_a_pipeline_are_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "sdxl.safetensors"
+    words = ("sample", "--family", "sdxl", "--dialect", "kohya", "--rank", "1", "--text-encoders", "-o", str(path))
+    subprocess.run([sys.executable, "-m", "lorafmt", *words], check=True)
+    pipe = Pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lorafmt.diffusers.load_lora(pipe, path, "a")
+    assert [name for name, _ in pipe.calls] == ["error", "text_encoder", "text_encoder_2"]
+    assert all(count > 100 for _, count in pipe.calls)
+    with pytest.warns(match="conv1"):
+        lorafmt.diffusers.load_lora(pipe, path, "b", lossy="allow")

@@ -376,14 +376,22 @@ impl Registry {
     /// Works out every family whose names have the key's words.
     pub fn read<'k>(&self, key: &'k str) -> Option<Read<'k>> {
         let form = form(key);
-        let families: Vec<_> = self.possible(&form).into_iter().map(|f| (f, self.routes(f, &form))).collect();
+        self.read_as(&self.possible(&form), &form, key)
+    }
+
+    /// Reads a key as one of a family's.
+    pub(crate) fn read_in<'k>(&self, family: usize, key: &'k str) -> Option<Read<'k>> {
+        self.read_as(&[family], &form(key), key)
+    }
+
+    fn read_as<'k>(&self, families: &[usize], form: &str, key: &'k str) -> Option<Read<'k>> {
         self.suffixes.iter().find_map(|suffix| {
-            let found = suffix.strip(key)?;
-            let by = |(family, routes): &(usize, Routes<'_>)| {
-                let (_, prefixes) = routes.0.iter().find(|(s, _)| std::ptr::eq(*s, suffix))?;
-                Some(self.hits(*family, &found, prefixes))
+            let (found, (base, _)) = (suffix.strip(key)?, suffix.form.strip(form)?);
+            let of = |&family: &usize| {
+                let prefixes = self.compiled[family].names.prefixes(base);
+                self.hits(family, &found, &prefixes)
             };
-            let hits: Vec<Hit> = families.iter().filter_map(by).flatten().collect();
+            let hits: Vec<Hit> = families.iter().flat_map(of).collect();
             (!hits.is_empty()).then_some(Read { suffix: found, hits })
         })
     }
@@ -405,11 +413,6 @@ impl Registry {
             let hits = self.hits(family, &found, prefixes);
             (!hits.is_empty()).then_some(Read { suffix: found, hits })
         })
-    }
-
-    /// Reads a key as one of a family's.
-    pub(crate) fn read_in<'k>(&self, family: usize, key: &'k str) -> Option<Read<'k>> {
-        self.read_by(family, &self.routes(family, &form(key)), key)
     }
 
     /// Whether a key looks like one of an adapter, of whatever dialect: it ends as theirs do, or says so in its name.
