@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import BINARY, NUNCHAKU, ROOT, private_peak, run, seconds
+from bench import BINARY, NUNCHAKU, NUNCHAKU_BASE, ROOT, private_peak, run, seconds
 
 #: One process of Nunchaku for all files, as a script over a folder does it: imports count once.
 NUNCHAKU_LOOP = f"""{NUNCHAKU}
@@ -29,19 +29,8 @@ for path in sorted(Path(sys.argv[2]).glob("*.safetensors")):
     save_file({{k: v.clone() for k, v in to_diffusers(str(path)).items()}}, f"{{sys.argv[3]}}/{{path.name}}")
 """
 
-NUNCHAKU_NATIVE_LOOP = f"""{NUNCHAKU}
-import torch
+NUNCHAKU_NATIVE_LOOP = f"""{NUNCHAKU_BASE}
 from pathlib import Path
-from safetensors import safe_open
-from nunchaku.lora.flux.nunchaku_converter import to_nunchaku
-base = {{}}
-with safe_open(sys.argv[2], "pt") as file:
-    for name in file.keys():
-        shape = file.get_slice(name).get_shape()
-        if name.endswith(".qweight"):
-            base[name] = torch.empty(shape, dtype=torch.int8, device="meta")
-        elif "lora" in name or len(shape) == 1:
-            base[name] = file.get_tensor(name)
 for path in sorted(Path(sys.argv[3]).glob("*.safetensors")):
     to_nunchaku(str(path), base, output_path=f"{{sys.argv[4]}}/{{path.name}}")
 """

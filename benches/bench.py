@@ -57,10 +57,9 @@ compose_lora(loras, sys.argv[2])
 """
 
 #: Of the base only what the converter looks at is read, as its runtime keeps it; its own command reads all of the file.
-NUNCHAKU_NATIVE = f"""{NUNCHAKU}
+NUNCHAKU_BASE = f"""{NUNCHAKU}
 import torch
 from safetensors import safe_open
-from nunchaku.lora.flux.compose import compose_lora
 from nunchaku.lora.flux.nunchaku_converter import to_nunchaku
 base = {{}}
 with safe_open(sys.argv[2], "pt") as file:
@@ -70,6 +69,10 @@ with safe_open(sys.argv[2], "pt") as file:
             base[name] = torch.empty(shape, dtype=torch.int8, device="meta")
         elif "lora" in name or len(shape) == 1:
             base[name] = file.get_tensor(name)
+"""
+
+NUNCHAKU_NATIVE = f"""{NUNCHAKU_BASE}
+from nunchaku.lora.flux.compose import compose_lora
 loras = [(path, float(strength)) for path, strength in zip(sys.argv[4::2], sys.argv[5::2])]
 to_nunchaku(compose_lora(loras) if len(loras) > 1 else loras[0][0], base, output_path=sys.argv[3])
 """
