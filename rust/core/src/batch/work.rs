@@ -211,13 +211,14 @@ impl Runner<'_> {
     /// Of a single file of a store nobody has yet looked at the folder: whether there is a configuration in it.
     fn completed<'e>(&self, entry: &'e Entry) -> Cow<'e, Entry> {
         let alone = entry.named && entry.beside.is_none() && is_address(&entry.source);
-        let config = config_beside(&entry.source).filter(|_| alone);
-        // If the store cannot say so now, opening the file says why.
-        let found = config.and_then(|url| store_for(self.store, &url).ok()?.stat(&url).ok().flatten());
-        match found {
-            Some(object) => Cow::Owned(Entry { beside: Some(object.version), ..entry.clone() }),
-            None => Cow::Borrowed(entry),
-        }
+        let Some(config) = config_beside(&entry.source).filter(|_| alone) else { return Cow::Borrowed(entry) };
+        let beside = match store_for(self.store, &config).and_then(|store| store.stat(&config)) {
+            Ok(None) => return Cow::Borrowed(entry),
+            Ok(Some(object)) => object.version,
+            // The store cannot say, so this file is like no other. If that matters, opening it says why.
+            Err(_) => format!("unknown {}", entry.source),
+        };
+        Cow::Owned(Entry { beside: Some(beside), ..entry.clone() })
     }
 
     fn blank(&self, entry: &Entry) -> Record {
